@@ -1,0 +1,296 @@
+"""The configuration of a run: dataclasses, filled from YAML and from `section.key=value`.
+
+`model`, `masks`, `objective`, `optim` and `data` change results; `probe` how they are judged; `speed` only how
+fast they come; `run` where they go. Two runs with the same first part give the same curve, within floating point.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RESULT_SECTIONS = ("model", "masks", "objective", "optim", "data")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what to change."""
+
+
+@dataclass
+class ModelConfig:
+    size: Literal["tiny", "small", "base", "large", "huge", "giant", "free"] = "small"
+    patch_size: int = 16  # pixels
+    init: Literal["published", "xavier"] = "xavier"
+    # Needed for size "free"; they override a named size.
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    predictor_width: int | None = None
+    predictor_depth: int | None = None
+    predictor_heads: int | None = None
+    decoder_width: int = 512  # of MAE
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+
+@dataclass
+class MasksConfig:
+    mode: Literal["truncate", "budget", "packed"] = "budget"
+    context_tokens: int | None = None  # of budget: by default what 95 % of draws reach
+    target_tokens: int | None = None  # of budget: by default the smallest block
+    target_blocks: int = 4
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    target_aspect: tuple[float, float] = (0.75, 1.5)
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_aspect: tuple[float, float] = (1.0, 1.0)
+    min_keep: int = 10
+    mask_ratio: float = 0.75  # of MAE
+
+
+@dataclass
+class ObjectiveConfig:
+    name: Literal["jepa", "mae"] = "jepa"
+    norm_pix_loss: bool = True  # of MAE
+
+
+@dataclass
+class OptimConfig:
+    global_batch: int = 2048  # images per optimizer step, over all ranks and accumulation
+    epochs: float | None = 300
+    steps: int | None = None  # instead of epochs
+    lr: float = 1e-3
+    start_lr: float = 2e-4
+    final_lr: float = 1e-6
+    warmup_epochs: float = 40
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.996  # of the target encoder, linear to final_momentum
+    final_momentum: float = 1.0
+    clip_grad: float = 0.0  # largest gradient norm; 0 for none
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass
+class DataConfig:
+    name: Literal["fashion_mnist", "folder"] = "fashion_mnist"
+    root: str | None = None  # of a folder of images, or of the full Fashion-MNIST
+    probe_root: str | None = None  # held-out labelled images of a folder
+    image_size: int = 224  # pixels
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_scale: tuple[float, float] | None = (0.3, 1.0)  # of RandomResizedCrop; null for none
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.0  # probability
+    hold_out: int = 0  # of the training images, kept for judging instead of the test set: for tuning
+
+
+@dataclass
+class ProbeConfig:
+    every_steps: int = 0  # 0: at the start and the end only
+    bank: int = 5000  # labelled images that a probe learns from, while training
+    queries: int = 2000  # images it is judged on, while training
+    final_bank: int = 50_000  # the same at the start and at the end
+    final_queries: int = 10_000
+    neighbours: int = 20
+
+
+@dataclass
+class SpeedConfig:
+    zero_stage: Literal[0, 1, 2] = 1
+    accumulation: int = 1  # micro-batches per optimizer step
+    checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
+    workers: int = 4  # loader processes per rank; 0 loads in the training process
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/{name}"  # {name}: of the configuration file
+    name: str = "run"
+    seed: int = 0
+    init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
+    log_every: int = 10  # steps
+    save_every: int = 1000  # steps
+    keep_last: int = 2  # checkpoints
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated configuration
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
+        return plain
+
+    def results_part(self) -> dict[str, Any]:
+        """What must not differ between the parts of one run."""
+        whole = self.to_dict()
+        part = {name: whole[name] for name in RESULT_SECTIONS}
+        part["data"] = {k: v for k, v in whole["data"].items() if k not in ("root", "probe_root")}  # may move
+        return part | {"run": {"seed": self.run.seed, "init_from": self.run.init_from}}
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides, values in YAML syntax.
+
+    Raises:
+        ConfigError: an unknown key (the nearest right name is given), a wrong type, or no such file.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold sections (model:, optim:, …), got {type(loaded).__name__}")
+        tree = loaded or {}
+        tree.setdefault("run", {}).setdefault("name", Path(path).stem)
+    for override in overrides:
+        _apply_override(tree, override)
+    config: Config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A configuration from plain values, as `Config.to_dict` gives them."""
+    config: Config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each value that differs between two nested dictionaries."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or len(names) < 2 or not all(names):
+        raise ConfigError(f"an override is section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is no valid YAML: {error}") from error
+    for name in names[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r} reaches into {name}, which is a value and not a section")
+    tree[names[-1]] = value
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold keys and values, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {prefix}{key}: {hint}{_elsewhere(cls, str(key))}")
+    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _elsewhere(cls: type, key: str) -> str:
+    """Where else a key of this name is, since the section is what people get wrong."""
+    sections = typing.get_type_hints(Config)
+    owners = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if dataclasses.is_dataclass(section) and section is not cls and key in typing.get_type_hints(section)
+    ]
+    return f" (there is {', '.join(owners)})" if owners else ""
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type `hint`, where YAML can have meant it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), {} if value is None else value, f"{name}.")
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is Literal:
+        if value in arguments and type(value) in {type(a) for a in arguments}:
+            return value
+        close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        hint_text = f"; did you mean {close[0]}?" if close else ""
+        allowed = ", ".join(map(str, arguments))
+        raise ConfigError(f"{name} must be one of {allowed}, got {value!r}{hint_text}")
+    if origin is tuple:
+        wanted = None if arguments[-1] is Ellipsis else len(arguments)
+        if not isinstance(value, list | tuple) or (wanted is not None and len(value) != wanted):
+            count = "" if wanted is None else f"{wanted} "
+            raise ConfigError(f"{name} must be a list of {count}numbers, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must hold keys and values, got {value!r}")
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name} must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _check(config: Config) -> None:
+    """What no single key shows."""
+    model, optim, data = config.model, config.optim, config.data
+    if model.size == "free" and (model.width is None or model.depth is None or model.heads is None):
+        raise ConfigError("model.size free needs model.width, model.depth and model.heads")
+    if (optim.epochs is None) == (optim.steps is None):
+        raise ConfigError("give one of optim.epochs and optim.steps, and null for the other")
+    if len(data.mean) != data.channels or len(data.std) != data.channels:
+        raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
+    if data.name == "folder" and data.root is None:
+        raise ConfigError("data.name folder needs data.root, the folder of images")
+    for name, value in (
+        ("optim.global_batch", optim.global_batch),
+        ("speed.accumulation", config.speed.accumulation),
+        ("run.log_every", config.run.log_every),
+        ("run.save_every", config.run.save_every),
+        ("run.keep_last", config.run.keep_last),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")

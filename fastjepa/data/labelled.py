@@ -1,0 +1,77 @@
+"""Labelled images for evaluation: no chance in them, and no image in the place of another."""
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastjepa.data.unreadable import UnreadableCounter
+from fastjepa.data.views import ImageSet, Views, read_views
+from fastjepa.data.workers import in_order
+
+
+@dataclass(frozen=True)
+class _ReadBatch:
+    images: ImageSet
+    size: int
+
+    def __call__(self, image_index: list[int]) -> Views:
+        views = read_views(self.images, image_index, self.size)
+        itself = views.image_index == torch.tensor(image_index)  # False where it cannot be read
+        return Views(views.pixels[itself], views.image_index[itself], views.unreadable)
+
+
+def evaluation_batches(
+    images: ImageSet,
+    size: int,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    workers: int = 0,
+    worker_timeout_s: float = 300,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The central square of every image, once, in the order of the set, with its label.
+
+    Images that cannot be read are left out, and named in a warning.
+
+    Args:
+        images: a set with labels.
+        size: of the views, in pixels.
+        batch_size: images at a time; the last batch may be smaller.
+        limit: take this many images, spread evenly over the set, so that one sorted by class gives
+            of every class.
+        workers: processes that read; 0 reads here.
+        worker_timeout_s: how long to wait for a batch before a worker is taken to hang.
+
+    Returns:
+        An iterator over pairs of uint8 [B, C, size, size] and int64 [B].
+
+    Raises:
+        ValueError: the set has no labels.
+        TooManyUnreadable: while reading, more than 5 % of the images cannot be read.
+        TimeoutError: while reading, a worker hangs.
+    """
+    labels = images.labels
+    if labels is None:
+        raise ValueError("these images have no labels; evaluation needs them: one sub-folder for each class")
+    count = len(images) if limit is None else min(limit, len(images))
+    chosen = torch.arange(count) * len(images) // count  # [count]
+    batches = in_order(
+        _ReadBatch(images, size),
+        (part.tolist() for part in chosen.split(batch_size)),
+        workers=workers,
+        describe=images.path,
+        timeout_s=worker_timeout_s,
+    )
+
+    def labelled() -> Generator[tuple[Tensor, Tensor], None, None]:
+        counter = UnreadableCounter(len(images))
+        with closing(batches):
+            for views in batches:
+                counter.update(views.image_index, views.unreadable)
+                if len(views.image_index):
+                    yield views.pixels, labels[views.image_index]
+
+    return labelled()

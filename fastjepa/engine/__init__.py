@@ -1,0 +1,1 @@
+"""The machinery of a run: DeepSpeed, the target encoder under ZeRO, schedules, checkpoints, judgement."""

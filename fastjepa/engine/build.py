@@ -1,0 +1,125 @@
+"""From a configuration to the parts of a run."""
+
+import torch
+
+from fastjepa.config import Config, ConfigError
+from fastjepa.data.order import GlobalOrder
+from fastjepa.data.transforms import Augmentation
+from fastjepa.engine.schedules import Schedule
+from fastjepa.masks import MaskSampler, MultiBlockMasks, RandomMasks
+from fastjepa.models import SIZES, MAEDecoder, NamedSize, Predictor, VisionTransformer, ViTShape, initialise
+from fastjepa.objectives import JEPA, MAE
+
+
+def build_shape(config: Config) -> ViTShape:
+    """The encoder's shape; a class token only for MAE."""
+    size, image = _size(config), config.data.image_size
+    return ViTShape(
+        image_size=(image, image),
+        patch_size=config.model.patch_size,
+        width=size.width,
+        depth=size.depth,
+        heads=size.heads,
+        mlp_ratio=size.mlp_ratio,
+        channels=config.data.channels,
+        class_token=config.objective.name == "mae",
+    )
+
+
+def _size(config: Config) -> NamedSize:
+    """The named size, with what the configuration sets instead."""
+    model = config.model
+    named = SIZES.get(model.size)
+    width = model.width or (named.width if named else 0)
+    heads = model.heads or (named.heads if named else 0)
+    return NamedSize(
+        width=width,
+        depth=model.depth or (named.depth if named else 0),
+        heads=heads,
+        mlp_ratio=model.mlp_ratio or (named.mlp_ratio if named else 4.0),
+        predictor_width=model.predictor_width or (named.predictor_width if named else width // 2),
+        predictor_depth=model.predictor_depth or (named.predictor_depth if named else 4),
+        predictor_heads=model.predictor_heads or (named.predictor_heads if named else heads),
+    )
+
+
+def build_model(config: Config) -> JEPA | MAE:
+    """A model with its initial weights, on the CPU, in fp32: the same on every rank."""
+    size = _size(config)
+    try:
+        shape = build_shape(config)
+        encoder = VisionTransformer(shape, config.data.mean, config.data.std)
+        if config.objective.name == "jepa":
+            head: Predictor | MAEDecoder = Predictor(
+                shape.grid, shape.width, size.predictor_width, size.predictor_depth, size.predictor_heads
+            )
+        else:
+            model = config.model
+            head = MAEDecoder(shape, model.decoder_width, model.decoder_depth, model.decoder_heads)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    generator = torch.Generator().manual_seed(config.run.seed)
+    initialise(encoder, config.model.init, generator)
+    initialise(head, config.model.init, generator)
+    encoder.checkpoint_blocks = head.checkpoint_blocks = config.speed.checkpoint_blocks
+    if isinstance(head, Predictor):
+        return JEPA(encoder, head)
+    return MAE(encoder, head, config.masks.mask_ratio, config.objective.norm_pix_loss)
+
+
+def build_masks(config: Config) -> MaskSampler:
+    """The sampler of the objective's masks."""
+    masks, grid = config.masks, build_shape(config).grid
+    try:
+        if config.objective.name == "mae":
+            return RandomMasks(grid, masks.mask_ratio, config.run.seed)
+        return MultiBlockMasks(
+            grid=grid,
+            mode=masks.mode,
+            seed=config.run.seed,
+            context_tokens=masks.context_tokens,
+            target_tokens=masks.target_tokens,
+            target_blocks=masks.target_blocks,
+            target_scale=masks.target_scale,
+            target_aspect=masks.target_aspect,
+            context_scale=masks.context_scale,
+            context_aspect=masks.context_aspect,
+            min_keep=masks.min_keep,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The schedules over the whole run, epochs turned into steps."""
+    optim = config.optim
+    steps = optim.steps if optim.steps is not None else round((optim.epochs or 0) * steps_per_epoch)
+    try:
+        return Schedule(
+            steps=steps,
+            warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+            lr=optim.lr,
+            start_lr=optim.start_lr,
+            final_lr=optim.final_lr,
+            weight_decay=optim.weight_decay,
+            final_weight_decay=optim.final_weight_decay,
+            momentum=optim.momentum,
+            final_momentum=optim.final_momentum,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_order(config: Config, images: int) -> GlobalOrder:
+    """The order of the training images."""
+    try:
+        return GlobalOrder(images, config.optim.global_batch, config.run.seed)
+    except ValueError as error:
+        raise ConfigError(f"optim.global_batch: {error}") from error
+
+
+def build_augmentation(config: Config) -> Augmentation:
+    try:
+        return Augmentation(config.data.crop_scale, config.data.crop_ratio, config.data.flip)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

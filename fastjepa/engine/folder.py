@@ -1,0 +1,130 @@
+"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/ and report/."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastjepa.config import Config, ConfigError, differences, parse_config
+from fastjepa.masks import Masks
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and its small files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "report" / "summary.json"
+
+    def open(self, config: Config) -> None:
+        """Make the folder, or take it up again.
+
+        Raises:
+            ConfigError: it cannot be written, or it holds a run of another configuration.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config.exists():
+                self._check_same_run(config)
+            replace_text(self.config, config.to_yaml())
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; choose another run.dir"
+            ) from error
+
+    def _check_same_run(self, config: Config) -> None:
+        try:
+            before = parse_config(yaml.safe_load(self.config.read_text()))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{self.config} cannot be read: {error}; choose another run.dir") from error
+        changed = differences(before.results_part(), config.results_part())
+        if changed:
+            listing = "".join(f"\n  {line}" for line in changed)
+            raise ConfigError(
+                f"{self.path} holds a run with other settings (there -> here):{listing}\n"
+                "Give this run a folder of its own (run.dir=…), or use those settings to resume that one."
+            )
+
+    def read_summary(self) -> Json:
+        """What `write_summary` wrote last; empty if nothing, or if it cannot be read."""
+        try:
+            found = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_summary(self, summary: Json) -> None:
+        self.summary.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.summary, json.dumps(summary, indent=1))
+
+    def write_snapshot(
+        self, step: int, grid: tuple[int, int], images: Tensor, features: Tensor, masks: Masks
+    ) -> None:
+        """Features and masks of the same few images, for the report.
+
+        Args:
+            grid: patches per column and row.
+            images: uint8 [n, C, H, W].
+            features: [n, N, D].
+            masks: as sampled for these images.
+        """
+        directory = self.path / "report" / "snapshots"
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {"images": images, "features": features.half(), "targets": masks.targets}
+        if masks.cu_seqlens is None:
+            tensors["context"] = masks.context
+        else:
+            tensors |= {"context_flat": masks.context, "cu_seqlens": masks.cu_seqlens}
+        file = directory / f"step_{step:08d}.safetensors"
+        partial = file.with_suffix(".tmp")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            partial,
+            metadata={"grid": f"{grid[0]},{grid[1]}", "step": str(step)},
+        )
+        os.replace(partial, file)
+
+
+def folder_of(config: Config) -> RunFolder:
+    """Where the run of a configuration goes; nothing is made yet."""
+    return RunFolder(Path(config.run.dir.replace("{name}", config.run.name)))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def versions() -> Mapping[str, str]:
+    """What a result depends on."""
+    import deepspeed
+
+    from fastjepa import __version__
+
+    return {"fastjepa": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}

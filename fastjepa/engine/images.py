@@ -1,0 +1,77 @@
+"""Which images a run trains on, and which judge it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastjepa.config import Config, ConfigError
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.data.folder import ImageFolder
+from fastjepa.data.subset import Subset
+from fastjepa.data.views import ImageSet
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """Attributes:
+    train: what the objective sees, without labels.
+    bank, queries: labelled images that probes learn from and are judged on; None if there are none.
+    note: why there is no probe, or what it is judged on.
+    """
+
+    train: ImageSet
+    bank: ImageSet | None
+    queries: ImageSet | None
+    note: str
+
+
+def open_images(config: Config) -> RunImages:
+    """Open the sets that the configuration names.
+
+    Raises:
+        ConfigError: a folder that is not there or holds no images, or settings that do not fit it.
+    """
+    data = config.data
+    try:
+        train: ImageSet
+        held_out: ImageSet | None
+        if data.name == "fashion_mnist":
+            train = FashionMNIST(data.root, "train")
+            held_out = None if data.hold_out else FashionMNIST(data.root, "test")
+            note = f"{0 if held_out is None else len(held_out):,} test images"
+        else:
+            assert data.root is not None  # the configuration was checked
+            train = ImageFolder(data.root, data.channels)
+            held_out = ImageFolder(data.probe_root, data.channels) if data.probe_root else None
+            note = f"the images of {data.probe_root}"
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if train.channels != data.channels:
+        raise ConfigError(f"these images have {train.channels} channel(s), data.channels is {data.channels}")
+
+    if data.hold_out:
+        if not 0 < data.hold_out < len(train):
+            raise ConfigError(
+                f"data.hold_out must leave images to train on: it is {data.hold_out} of {len(train)}"
+            )
+        # Evenly spread, since a folder is sorted by class.
+        chosen = torch.arange(data.hold_out) * len(train) // data.hold_out
+        rest = torch.ones(len(train), dtype=torch.bool)
+        rest[chosen] = False
+        train, held_out = Subset(train, rest.nonzero()[:, 0]), Subset(train, chosen)
+        note = f"{data.hold_out:,} training images, held out"
+
+    if held_out is None:
+        return RunImages(train, None, None, "no probe: set data.probe_root or data.hold_out to judge")
+    if train.labels is None or held_out.labels is None:
+        return RunImages(train, None, None, "no probe: the images are in no class folders")
+    if list(train.class_names or ()) != list(held_out.class_names or ()):
+        raise ConfigError(
+            f"data.probe_root has other classes than data.root: {_some(held_out)} instead of {_some(train)}"
+        )
+    return RunImages(train, train, held_out, f"judged on {note}")
+
+
+def _some(images: ImageSet) -> str:
+    names = list(images.class_names or ())
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,113 @@
+"""Judgement while training: kNN and a linear probe on held-out labels, beside honest baselines."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fastjepa.config import Config, ProbeConfig
+from fastjepa.data.labelled import evaluation_batches
+from fastjepa.data.views import ImageSet
+from fastjepa.engine.images import RunImages
+from fastjepa.evaluation.collapse import between_image_std, rankme, token_std
+from fastjepa.evaluation.features import pixel_features, pool_features
+from fastjepa.evaluation.knn import knn_accuracy
+from fastjepa.evaluation.linear import linear_accuracy
+from fastjepa.models import VisionTransformer
+
+BATCH = 256  # images per forward pass of an evaluation
+STD_IMAGES = 1024  # enough tokens for their standard deviation
+RAW_PIXELS, UNTRAINED = "raw pixels", "untrained encoder"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the table. Accuracies are fractions of the held-out images."""
+
+    name: str
+    knn_top1: float
+    linear_top1: float
+    rankme: float  # of the mean-pooled features of the held-out images
+    target_std: float | None = None  # of their tokens before the final norm; None for pixels
+    between_image_std: float | None = None
+
+    def as_metrics(self) -> dict[str, float]:
+        """The keys of metrics.jsonl."""
+        return {"knn_top1": self.knn_top1, "linear_top1": self.linear_top1, "rankme": self.rankme}
+
+    def as_row(self) -> dict[str, float | str]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Probes features with labelled images.
+
+    Attributes:
+        bank: labelled images that a probe may learn from.
+        queries: labelled images it is judged on.
+        probe: how many images, how many neighbours.
+        size: pixels of the view.
+        device: where encoders run.
+        seed: of the split on which the linear probe's regularisation is chosen.
+    """
+
+    bank: ImageSet
+    queries: ImageSet
+    probe: ProbeConfig
+    size: int
+    device: torch.device
+    seed: int
+
+    @classmethod
+    def of(cls, images: RunImages, config: Config, device: torch.device) -> "Judge | None":
+        """The judge of a run; None if it has no labelled images."""
+        if images.bank is None or images.queries is None:
+            return None
+        return cls(images.bank, images.queries, config.probe, config.data.image_size, device, config.run.seed)
+
+    def pixels(self) -> Verdict:
+        """Judge the raw pixels."""
+        probe = self.probe
+        return self._judge(
+            RAW_PIXELS,
+            pixel_features(evaluation_batches(self.bank, self.size, BATCH, limit=probe.final_bank)),
+            pixel_features(evaluation_batches(self.queries, self.size, BATCH, limit=probe.final_queries)),
+        )
+
+    def encoder(self, name: str, encoder: VisionTransformer, quick: bool = False) -> Verdict:
+        """Judge the mean-pooled tokens of an encoder; `quick` takes fewer images."""
+        probe = self.probe
+        bank = probe.bank if quick else probe.final_bank
+        queries = probe.queries if quick else probe.final_queries
+        first = int(encoder.shape.class_token)  # patches only
+
+        @torch.no_grad()
+        def tokens(images: Tensor, final_norm: bool = True) -> Tensor:
+            return encoder(images.to(self.device), final_norm=final_norm)[:, first:]  # [B, N, D]
+
+        bank_batches = evaluation_batches(self.bank, self.size, BATCH, limit=bank)
+        query_batches = evaluation_batches(self.queries, self.size, BATCH, limit=queries)
+        few = evaluation_batches(self.queries, self.size, BATCH, limit=min(queries, STD_IMAGES))
+        return self._judge(
+            name,
+            pool_features(tokens, bank_batches, self.device),
+            pool_features(tokens, query_batches, self.device),
+            torch.cat([tokens(images, final_norm=False) for images, _ in few]),
+        )
+
+    def _judge(
+        self,
+        name: str,
+        bank: tuple[Tensor, Tensor],
+        queries: tuple[Tensor, Tensor],
+        hidden: Tensor | None = None,
+    ) -> Verdict:
+        return Verdict(
+            name,
+            knn_top1=knn_accuracy(*bank, *queries, k=self.probe.neighbours),
+            linear_top1=linear_accuracy(*bank, *queries, seed=self.seed).accuracy,
+            rankme=float(rankme(queries[0])),
+            target_std=None if hidden is None else float(token_std(hidden)),
+            between_image_std=None if hidden is None else float(between_image_std(hidden)),
+        )

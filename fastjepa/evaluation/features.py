@@ -1,0 +1,61 @@
+"""From images to one feature vector per image, which is what the probes compare."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()  # not inference_mode: the linear probe differentiates through its features
+def pool_features(
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """The mean over the tokens of every image.
+
+    Args:
+        encode: uint8 images [B, C, H, W] on `device` -> token features [B, N, D], any float type.
+        batches: pairs of uint8 images [B, C, H, W] and labels [B].
+        device: where `encode` runs and where the results stay.
+
+    Returns:
+        Features, fp32 [n, D], and labels, int64 [n].
+
+    Raises:
+        ValueError: there is no batch, or `encode` does not return [B, N, D].
+    """
+    features, labels = [], []
+    for images, batch_labels in batches:
+        tokens = encode(images.to(device, non_blocking=True))  # [B, N, D]
+        if tokens.ndim != 3 or len(tokens) != len(images):
+            raise ValueError(
+                f"encode returned {list(tokens.shape)} for {len(images)} images; "
+                f"expected token features [{len(images)}, tokens, width]"
+            )
+        features.append(tokens.float().mean(dim=1))  # [B, D]
+        labels.append(batch_labels.to(device, torch.int64))
+    if not features:
+        raise ValueError("there is no batch to take features of: the set is empty")
+    return torch.cat(features), torch.cat(labels)
+
+
+def pixel_features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The pixels themselves, in [0, 1]: the baseline an encoder has to beat.
+
+    Args:
+        batches: pairs of uint8 images [B, C, H, W] and labels [B].
+
+    Returns:
+        Features, fp32 [n, C*H*W], and labels, int64 [n], where the images were.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    features, labels = [], []
+    for images, batch_labels in batches:
+        features.append(images.flatten(1).float() / 255)  # [B, C*H*W]
+        labels.append(batch_labels.to(torch.int64))
+    if not features:
+        raise ValueError("there is no batch to take pixels of: the set is empty")
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,60 @@
+"""Weighted k-nearest-neighbour classification: what the features tell with nothing trained on them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SIMILARITIES_AT_ONCE = 1 << 26  # of fp32: 256 MiB
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """The fraction of queries whose k nearest neighbours in the bank vote for the right label.
+
+    Nearness is cosine similarity, and a neighbour of similarity s votes with the weight
+    exp(s / temperature) (Wu et al., "Unsupervised feature learning via non-parametric instance
+    discrimination", CVPR 2018, as in DINO, arXiv:2104.14294).
+
+    Args:
+        bank: [n, D] features with known labels.
+        bank_labels: int64 [n], from 0.
+        queries: [m, D] features on the same device.
+        query_labels: int64 [m].
+        k: how many neighbours vote, 1..n.
+        temperature: above 0; the smaller, the more the nearest outweigh the others.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: k or the temperature is out of range, or the shapes do not fit.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k is {k}, but the bank holds {len(bank)} features: give a k of 1 to {len(bank)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 (0.07 is the usual choice)")
+    if len(bank) != len(bank_labels) or len(queries) != len(query_labels) or len(queries) == 0:
+        raise ValueError(
+            f"{len(bank)} bank features with {len(bank_labels)} labels and {len(queries)} queries "
+            f"with {len(query_labels)} labels: every feature needs one label, and there must be a query"
+        )
+    bank = F.normalize(bank.float(), dim=1)  # [n, D]
+    queries = F.normalize(queries.float(), dim=1)  # [m, D]
+    classes = int(bank_labels.max()) + 1
+    right = torch.zeros((), dtype=torch.int64, device=queries.device)
+    chunk = max(1, _SIMILARITIES_AT_ONCE // len(bank))
+    for some, wanted in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
+        similarity, nearest = (some @ bank.T).topk(k)  # [b, k], descending
+        # Only the ratio of weights counts; from the nearest on down, exp cannot overflow.
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        votes = similarity.new_zeros(len(some), classes)  # [b, classes]
+        votes.scatter_add_(1, bank_labels[nearest], weight)
+        right += (votes.argmax(dim=1) == wanted).sum()
+    return right.item() / len(queries)

@@ -1,0 +1,246 @@
+"""Multi-block masks (I-JEPA, arXiv:2301.08243): predict M blocks from what is left around them."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastjepa.masks.blocks import BlockShape, Range, block_shape, smallest_area
+from fastjepa.masks.counter import Stream, below, random_words, uniform
+from fastjepa.masks.random_masks import choose
+from fastjepa.masks.types import Masks
+
+Mode = Literal["truncate", "budget", "packed"]
+TRIES = 20  # draws of a context before one more target is let go of
+_CALIBRATION_IMAGES, _CALIBRATION_STEPS = 128, 32
+
+
+@dataclass(frozen=True)
+class MultiBlockMasks:
+    """Draws M target blocks and a context block minus the targets, for each image.
+
+    The places of an image are a function of (seed, epoch, image index), the sizes of the blocks of
+    (seed, optimizer step): neither workers nor ranks nor a resume can change them.
+
+    Modes differ in what happens to contexts of unequal length:
+
+    - ``truncate``: as published. Every context is cut to the shortest of the images given, keeping the
+      first (topmost). Blocks never reach the last row and column, and scale and aspect share a draw.
+    - ``budget``: every context has `context_tokens`, every target block `target_tokens`: an unbiased
+      choice where there are more. An image with fewer context tokens is drawn again; after 20 tries the
+      last target is let go of (no longer kept out of the context, still predicted), and so on.
+    - ``packed``: every context token is kept, as a flat stream with `cu_seqlens`.
+
+    Args:
+        grid: rows and columns of patches.
+        mode: see above.
+        seed: any integer.
+        context_tokens: K of ``budget``; by default the largest that 95 % of draws reach.
+        target_tokens: P of ``budget``; by default the smallest block that can be drawn.
+        target_blocks: M.
+        target_scale, target_aspect: of a target block: fraction of the grid, height / width.
+        context_scale, context_aspect: of the context block.
+        min_keep: a context of so few tokens or fewer is drawn again.
+
+    Raises:
+        ValueError: if the masks asked for cannot be drawn on this grid.
+    """
+
+    grid: tuple[int, int]
+    mode: Mode = "truncate"
+    seed: int = 0
+    context_tokens: int | None = None
+    target_tokens: int | None = None
+    target_blocks: int = 4
+    target_scale: Range = (0.15, 0.2)
+    target_aspect: Range = (0.75, 1.5)
+    context_scale: Range = (0.85, 1.0)
+    context_aspect: Range = (1.0, 1.0)
+    min_keep: int = 10
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mask mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.target_blocks < 1:
+            raise ValueError(f"there must be at least one target block, got {self.target_blocks}")
+        if self.mode != "budget" and (self.context_tokens or self.target_tokens):
+            raise ValueError(
+                f"context_tokens and target_tokens belong to mode 'budget'; {self.mode!r} takes all it draws"
+            )
+        self._check_grid()
+
+    def _check_grid(self) -> None:
+        rows, columns = self.grid
+        smallest_target = self._smallest(self.target_scale, self.target_aspect)
+        smallest_context = self._smallest(self.context_scale, self.context_aspect)
+        if smallest_target < 1 or smallest_context <= self.min_keep:
+            raise ValueError(
+                f"these masks cannot be drawn on a grid of {rows} x {columns} patches: target blocks have "
+                f"{smallest_target} patches or more (1 needed), context blocks {smallest_context} or more "
+                f"(more than min_keep = {self.min_keep} needed). Use a larger image or smaller patches, "
+                f"or lower min_keep."
+            )
+        for name, tokens, most in (
+            ("context_tokens", self.context_tokens, smallest_context),
+            ("target_tokens", self.target_tokens, smallest_target),
+        ):
+            if tokens is not None and not 1 <= tokens <= most:
+                raise ValueError(
+                    f"{name} must be 1 to {most} on a grid of {rows} x {columns} patches (the smallest block "
+                    f"that can be drawn), got {tokens}"
+                )
+
+    @property
+    def _as_published(self) -> bool:
+        return self.mode == "truncate"
+
+    def _smallest(self, scale: Range, aspect: Range) -> int:
+        return smallest_area(self.grid, scale, aspect, below_side=self._as_published)
+
+    @cached_property
+    def block_tokens(self) -> int:
+        """P of ``budget``."""
+        return self.target_tokens or self._smallest(self.target_scale, self.target_aspect)
+
+    @cached_property
+    def budget_tokens(self) -> int:
+        """K of ``budget``: unless given, the largest that 95 % of draws reach, and above min_keep."""
+        if self.context_tokens is not None:
+            return self.context_tokens
+        # The same draws whatever the seed: K is a property of the settings, not of a run.
+        probe = replace(self, mode="packed", seed=0, context_tokens=None, target_tokens=None)
+        images = torch.arange(_CALIBRATION_IMAGES)
+        lengths = [
+            probe._draw(images, 0, probe.block_shapes(step)).allowed.flatten(1).sum(1)
+            for step in range(_CALIBRATION_STEPS)
+        ]
+        reached = torch.cat(lengths).sort().values
+        return max(int(reached[int(0.05 * reached.numel())]), self.min_keep + 1)
+
+    def block_shapes(self, step: int) -> tuple[BlockShape, BlockShape]:
+        """The target and the context block of an optimizer step: the same for all images and ranks."""
+        draws = uniform(self.seed, Stream.BLOCK_SIZES, torch.tensor([step]), 0, 4)[0].tolist()
+        published = self._as_published
+
+        def shape(scale: Range, aspect: Range, first: float, second: float) -> BlockShape:
+            r_aspect = first if published else second
+            return block_shape(self.grid, scale, aspect, first, r_aspect, below_side=published)
+
+        target = shape(self.target_scale, self.target_aspect, draws[0], draws[1])
+        context = shape(self.context_scale, self.context_aspect, draws[2], draws[3])
+        return target, context
+
+    def sample(self, image_index: Tensor, epoch: int = 0, step: int = 0) -> Masks:
+        """Masks for the images at `image_index` [B], on its device.
+
+        Args:
+            image_index: int64 [B], the images' numbers in their data set.
+            epoch: places differ from one epoch to the next.
+            step: the optimizer step, which fixes the sizes of the blocks.
+        """
+        if image_index.ndim != 1 or image_index.numel() == 0:
+            raise ValueError(f"image_index must be [B] with B > 0, got {list(image_index.shape)}")
+        target, context = self.block_shapes(step)
+        draw = self._draw(image_index, epoch, (target, context))
+        allowed = draw.allowed.flatten(1)  # [B, N]
+        lengths = allowed.sum(dim=1)  # [B]
+
+        if self.mode == "budget":
+            words = random_words(self.seed, Stream.CONTEXT_TOKENS, image_index, epoch, allowed.shape[1])
+            kept = self._choose_target_tokens(image_index, epoch, draw.target_index(target, self.grid))
+            return Masks(choose(words, allowed, self.budget_tokens), kept)
+        targets = draw.target_index(target, self.grid)  # [M, B, h w]
+        if self.mode == "packed":
+            starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()  # [B + 1]
+            return Masks(allowed.nonzero()[:, 1], targets, starts)
+        # Sorting "not allowed" last keeps the allowed places in ascending order.
+        order = allowed.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # [B, N]
+        return Masks(order[:, : int(lengths.min())], targets)
+
+    def _choose_target_tokens(self, image_index: Tensor, epoch: int, targets: Tensor) -> Tensor:
+        blocks, batch, area = targets.shape
+        if area == self.block_tokens:
+            return targets
+        words = random_words(self.seed, Stream.TARGET_TOKENS, image_index, epoch, blocks * area)
+        words = words.view(batch, blocks, area).transpose(0, 1)  # [M, B, h w]
+        places = choose(words, torch.ones_like(words, dtype=torch.bool), self.block_tokens)
+        return targets.gather(2, places)
+
+    def _draw(self, image_index: Tensor, epoch: int, shapes: tuple[BlockShape, BlockShape]) -> "_Draw":
+        """Draw places until every image has a context that is long enough.
+
+        What is drawn again: the context block alone, as published, in ``truncate``; the whole image
+        otherwise, so that a target is hardly ever let go of.
+        """
+        target, context = shapes
+        needed = self.budget_tokens if self.mode == "budget" else self.min_keep + 1
+        draw = self._draw_once(image_index, epoch, shapes, attempt=0, kept_out=self.target_blocks)
+        pending = (draw.allowed.flatten(1).sum(1) < needed).nonzero().flatten()  # [b]
+        for attempt in range(1, TRIES * (self.target_blocks + 1)):
+            if pending.numel() == 0:
+                break
+            kept_out = self.target_blocks - attempt // TRIES
+            again = self._draw_once(image_index[pending], epoch, shapes, attempt, kept_out)
+            draw.put(pending, again)
+            pending = pending[again.allowed.flatten(1).sum(1) < needed]
+        return draw
+
+    def _draw_once(
+        self,
+        image_index: Tensor,
+        epoch: int,
+        shapes: tuple[BlockShape, BlockShape],
+        attempt: int,
+        kept_out: int,
+    ) -> "_Draw":
+        target, context = shapes
+        targets_attempt = 0 if self._as_published else attempt
+        corners = self._corners(
+            Stream.TARGET_PLACES, image_index, epoch, target, self.target_blocks, targets_attempt
+        )
+        context_corner = self._corners(Stream.CONTEXT_PLACES, image_index, epoch, context, 1, attempt)
+        covered = inside(corners[:, :kept_out], target, self.grid).any(dim=1)  # [B, rows, columns]
+        allowed = inside(context_corner, context, self.grid)[:, 0] & ~covered
+        return _Draw(corners, allowed)
+
+    def _corners(
+        self, stream: Stream, image_index: Tensor, epoch: int, shape: BlockShape, count: int, attempt: int
+    ) -> Tensor:
+        """Top-left corners: int64 [B, count, 2]. The published draw leaves the last place out."""
+        words = random_words(self.seed, stream, image_index, epoch, 2 * count, attempt).view(-1, count, 2)
+        last = 0 if self._as_published else 1
+        top = below(words[..., 0], self.grid[0] - shape.height + last)
+        left = below(words[..., 1], self.grid[1] - shape.width + last)
+        return torch.stack([top, left], dim=-1)
+
+
+@dataclass
+class _Draw:
+    """Corners of the target blocks, int64 [B, M, 2], and where the context is, bool [B, rows, columns]."""
+
+    corners: Tensor
+    allowed: Tensor
+
+    def put(self, rows: Tensor, other: "_Draw") -> None:
+        self.corners[rows] = other.corners
+        self.allowed[rows] = other.allowed
+
+    def target_index(self, shape: BlockShape, grid: tuple[int, int]) -> Tensor:
+        """Patch positions of the target blocks: int64 [M, B, h w], ascending."""
+        device = self.corners.device
+        row = torch.arange(shape.height, device=device)[:, None] * grid[1]
+        cells = (row + torch.arange(shape.width, device=device)).flatten()  # [h w]
+        first = self.corners[..., 0] * grid[1] + self.corners[..., 1]  # [B, M]
+        return (first[..., None] + cells).transpose(0, 1).contiguous()
+
+
+def inside(corners: Tensor, shape: BlockShape, grid: tuple[int, int]) -> Tensor:
+    """Which patches a block at each corner covers: [..., 2] to bool [..., rows, columns]."""
+    row = torch.arange(grid[0], device=corners.device)
+    column = torch.arange(grid[1], device=corners.device)
+    top, left = corners[..., 0, None], corners[..., 1, None]
+    rows = (row >= top) & (row < top + shape.height)
+    columns = (column >= left) & (column < left + shape.width)
+    return rows[..., :, None] & columns[..., None, :]

@@ -1,0 +1,94 @@
+"""The predictor: from context tokens and the positions asked for to representations."""
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.models.block import NORM_EPS, Block
+from fastjepa.models.positions import sincos_2d
+from fastjepa.models.sequences import Sequences, equal_sequences
+from fastjepa.models.vit import run_blocks
+
+
+class Predictor(nn.Module):
+    """A narrow ViT over [context; mask tokens] for each of M target blocks (arXiv:2301.08243).
+
+    Args:
+        grid: patches per column and row.
+        encoder_width: D, of the tokens that come in and of the predictions.
+        width, depth, heads: of the predictor itself.
+    """
+
+    predictor_pos_embed: Tensor  # [1, N, width]
+
+    def __init__(self, grid: tuple[int, int], encoder_width: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.checkpoint_blocks = False
+        self.predictor_embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("predictor_pos_embed", sincos_2d(grid, width))
+        self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.predictor_proj = nn.Linear(width, encoder_width)
+
+    def forward(
+        self, context: Tensor, context_index: Tensor, target_index: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Predict the representations at `target_index`.
+
+        Args:
+            context: encoder output, [B, K, D], or packed [T, D].
+            context_index: [B, K] or packed [T].
+            target_index: [M, B, P].
+            cu_seqlens: int32 [B + 1] if packed.
+
+        Returns:
+            [M, B, P, D].
+        """
+        positions = self.predictor_pos_embed[0]  # [N, d]
+        seen = self.predictor_embed(context) + positions[context_index.long()]  # [B, K, d] or [T, d]
+        asked = self.mask_token[0] + positions[target_index.long()]  # [M, B, P, d]
+        if cu_seqlens is None:
+            x, sequences, rows = _join_dense(seen, asked)
+        else:
+            x, sequences, rows = _join_packed(seen, asked, cu_seqlens, positions.shape[0])
+        x = run_blocks(self.predictor_blocks, x, sequences, self.checkpoint_blocks)
+        x = x[rows] if isinstance(rows, Tensor) else x.view(*rows)[:, -asked.shape[2] :]
+        return self.predictor_proj(self.predictor_norm(x)).view(*asked.shape[:3], -1)
+
+
+def _join_dense(seen: Tensor, asked: Tensor) -> tuple[Tensor, Sequences, tuple[int, int, int]]:
+    """[context; block] for each (block, image): the stream, its cut, and its dense shape."""
+    blocks, batch, patches, width = asked.shape
+    x = torch.cat([seen.expand(blocks, -1, -1, -1), asked], dim=2).flatten(0, 1)  # [M B, K + P, d]
+    length = seen.shape[1] + patches
+    return x.flatten(0, 1), equal_sequences(blocks * batch, length, x.device), (-1, length, width)
+
+
+def _join_packed(
+    seen: Tensor, asked: Tensor, cu_seqlens: Tensor, grid_patches: int
+) -> tuple[Tensor, Sequences, Tensor]:
+    """The same for contexts of unequal length: the stream, its cut, and the rows of the blocks.
+
+    Every shape is known on the host: M * (T + B * P) tokens.
+    """
+    blocks, batch, patches, _ = asked.shape
+    device, tokens = seen.device, seen.shape[0]
+    starts = cu_seqlens.long()  # [B + 1]
+    per_block = tokens + batch * patches
+    offset = torch.arange(blocks, device=device)[:, None] * per_block  # [M, 1]
+
+    # Image b's context rows move down by the P rows of each block before it.
+    image = torch.searchsorted(starts, torch.arange(tokens, device=device), right=True) - 1  # [T]
+    seen_rows = offset + torch.arange(tokens, device=device) + image * patches  # [M, T]
+    first = starts[1:] + torch.arange(batch, device=device) * patches  # [B], where b's block starts
+    asked_rows = offset[:, :, None] + first[:, None] + torch.arange(patches, device=device)  # [M, B, P]
+    rows = asked_rows.flatten()
+
+    order = torch.empty(blocks * per_block, dtype=torch.long, device=device)
+    order[seen_rows.flatten()] = torch.arange(tokens, device=device).repeat(blocks)
+    order[rows] = torch.arange(tokens, tokens + rows.numel(), device=device)
+    x = torch.cat([seen, asked.flatten(0, 2)]).index_select(0, order)  # [M (T + B P), d]
+
+    block_starts = starts[:-1] + torch.arange(batch, device=device) * patches  # [B]
+    cuts = torch.cat([(offset + block_starts).flatten(), offset.new_tensor([blocks * per_block])])
+    return x, Sequences(cuts.int(), grid_patches + patches, uniform=False), rows

@@ -1,0 +1,262 @@
+"""The curves and the bars of the report.
+
+A figure is as wide as the column of a phone, so that its letters are read without zooming; the page
+lays several side by side on a wider screen. A function returns None when there is nothing to draw.
+"""
+
+import io
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from fastjepa.evaluation.collapse import BETWEEN_IMAGES_FALL, RANKME_FALL, TARGET_STD_LOW
+from fastjepa.report.load import Metrics, Summary
+from fastjepa.report.verdict import BASELINES, TRAINED
+
+INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
+BLUE, LIGHT_BLUE, RED = "#17669b", "#6ea0c4", "#b8432f"
+WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
+
+
+_DASHED = (0, (4, 3))
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render with Agg: no display, no state shared between figures."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def loss_curve(metrics: Metrics) -> Figure | None:
+    """Loss over images seen: every logged value, and their running mean once there are many."""
+    x, loss = _series(metrics, "loss")
+    if len(x) == 0:
+        return None
+    figure, axes = _panel(metrics)
+    window = max(1, len(loss) // 40)
+    mean = np.convolve(np.pad(loss, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+    if window > 1:
+        axes.plot(x, loss, color=LIGHT_BLUE, linewidth=0.7)
+    axes.plot(x, mean, color=BLUE, linewidth=1.6)
+    if loss.min() > 0 and loss.max() > 20 * loss.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.05 * loss.max())
+    axes.set_ylabel("loss")
+    _label_ends(axes, [(mean[-1], f"{mean[-1]:.3g}", BLUE)])
+    return figure
+
+
+def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
+    """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed."""
+    x, y = _series(metrics, key)
+    if len(x) == 0:
+        return None
+    figure, axes = _panel(metrics)
+    axes.plot(x, 100 * y, color=BLUE, linewidth=1.6, marker="o", markersize=3.5)
+    labels = [(100 * y[-1], f"now {100 * y[-1]:.1f}", BLUE)]
+    for name, value in _accuracies(summary, BASELINES, key):
+        axes.axhline(value, color=MUTED, linewidth=1, linestyle=_DASHED)
+        labels.append((value, f"{_SHORT[name]} {value:.1f}", INK))
+    axes.set_ylabel("top-1 accuracy, %")
+    _label_ends(axes, labels)
+    return figure
+
+
+def rank_curve(metrics: Metrics) -> Figure | None:
+    """RankMe of the targets and of the predictions, and the rank below which a warning is due."""
+    lines = [("rankme", "targets", BLUE), ("prediction_rankme", "predictions", LIGHT_BLUE)]
+    _, rank = _series(metrics, "rankme")
+    limits = [(RANKME_FALL * rank[0], "warning")] if len(rank) else []
+    return _watched(metrics, lines, "RankMe, dimensions", limits)
+
+
+def std_curve(metrics: Metrics) -> Figure | None:
+    """Deviation over all tokens, over images and of the predictions, and the limits of the first two."""
+    lines = [
+        ("target_std", "all tokens", BLUE),
+        ("between_image_std", "images", INK),
+        ("prediction_std", "predictions", LIGHT_BLUE),
+    ]
+    limits = [(TARGET_STD_LOW, "tokens")] if len(_series(metrics, "target_std")[0]) else []
+    _, between = _series(metrics, "between_image_std")
+    if len(between):
+        limits.append((BETWEEN_IMAGES_FALL * between[0], "images"))
+    return _watched(metrics, lines, "standard deviation", limits)
+
+
+def speed_curve(metrics: Metrics) -> Figure | None:
+    """Images per second, and under it the share of the time spent waiting for data."""
+    return _stacked(
+        metrics, [("images_per_second", "images per second", 1), ("data_wait_fraction", "data wait, %", 100)]
+    )
+
+
+def schedule_curves(metrics: Metrics) -> Figure | None:
+    """Learning rate, weight decay and momentum of the target encoder."""
+    return _stacked(
+        metrics,
+        [("lr", "learning rate", 1), ("weight_decay", "weight decay", 1), ("momentum", "target momentum", 1)],
+    )
+
+
+def probe_bars(summary: Summary) -> Figure | None:
+    """The trained encoders as bars from zero, the baselines as labelled lines across them."""
+    measured = [
+        (key, title, bars)
+        for key, title in (("linear_top1", "Linear probe"), ("knn_top1", "kNN"))
+        if (bars := _accuracies(summary, TRAINED, key))
+    ]
+    if not measured:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, 0.3 + 1.2 * len(measured)), layout="constrained")
+    for axes, (key, title, bars) in zip(_rows(figure, len(measured)), measured, strict=True):
+        _tidy(axes)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title, loc="left", fontsize=9, weight="bold", color=INK)
+        for y, (name, value) in enumerate(bars):
+            axes.barh(y, value, height=0.66, color=BLUE if name == TRAINED[0] else LIGHT_BLUE)
+            axes.text(1.5, y, f"{value:.1f}", va="center", color="white", weight="bold", fontsize=9)
+        # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
+        # so that no line crosses the label of another.
+        bottom = len(bars) - 0.5
+        baselines = sorted(_accuracies(summary, BASELINES, key), key=lambda pair: pair[1])
+        for row, (name, value) in enumerate(baselines):
+            height = -0.8 - 0.62 * row
+            axes.plot([value, value], [height - 0.2, bottom], color=INK, linewidth=1, linestyle=_DASHED)
+            align, gap = ("right", -1.5) if value > 50 else ("left", 1.5)
+            axes.text(
+                value + gap,
+                height,
+                f"{_SHORT[name]} {value:.1f}",
+                ha=align,
+                va="center",
+                color=INK,
+                fontsize=8.5,
+            )
+        axes.set_xlim(0, 100)
+        axes.set_ylim(bottom, -0.7 - 0.62 * len(baselines))
+        axes.set_yticks(range(len(bars)), [_SHORT[name] for name, _ in bars])
+    axes.set_xlabel("top-1 accuracy, %")
+    return figure
+
+
+_SHORT = {
+    "raw pixels": "raw pixels",
+    "untrained encoder": "untrained",
+    "trained target encoder": "target",
+    "trained context encoder": "context",
+}
+
+
+def _accuracies(summary: Summary, names: tuple[str, ...], key: str) -> list[tuple[str, float]]:
+    """(name, percent) of those of `names` that were measured."""
+    values = [(name, getattr(summary.probe(name), key, None)) for name in names]
+    return [(name, 100 * value) for name, value in values if value is not None]
+
+
+def _watched(
+    metrics: Metrics, lines: list[tuple[str, str, str]], unit: str, limits: list[tuple[float, str]]
+) -> Figure | None:
+    """Lines (key, name, colour) from zero, and red limits (value, name) that they should stay above."""
+    figure, axes = _panel(metrics)
+    labels = []
+    for key, name, colour in lines:
+        x, y = _series(metrics, key)
+        if len(x):
+            axes.plot(x, y, color=colour, linewidth=1.6)
+            labels.append((y[-1], f"{name} {y[-1]:.3g}", colour))
+    if not labels:
+        return None
+    for value, name in limits:
+        axes.axhline(value, color=RED, linewidth=1, linestyle=_DASHED)
+        labels.append((value, f"{name} < {value:.2g}", RED))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(unit)
+    _label_ends(axes, labels)
+    return figure
+
+
+def _stacked(metrics: Metrics, panels: list[tuple[str, str, int]]) -> Figure | None:
+    """Small panels (key, title, factor) above one another, over the same images."""
+    panels = [panel for panel in panels if len(_series(metrics, panel[0])[0])]
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    for axes, (key, title, factor) in zip(_rows(figure, len(panels)), panels, strict=True):
+        x, y = _series(metrics, key)
+        y = y * factor
+        _tidy(axes)
+        axes.plot(x, y, color=BLUE, linewidth=1.4)
+        axes.set_title(title, loc="left", fontsize=8.5, color=MUTED, pad=3)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        if key != "momentum" and y.max() > 0:  # momentum lives between .99 and 1
+            axes.set_ylim(0, 1.1 * y.max())
+        _label_ends(axes, [(y[-1], f"{y[-1]:.4g}", BLUE)])
+        _images_axis(axes, metrics)
+        axes.label_outer()
+    return figure
+
+
+def _panel(metrics: Metrics) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    (axes,) = _rows(figure, 1)
+    _tidy(axes)
+    _images_axis(axes, metrics)
+    return figure, axes
+
+
+def _rows(figure: Figure, count: int) -> list[Axes]:
+    return list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _images_axis(axes: Axes, metrics: Metrics) -> None:
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("images seen" if metrics and "images" in metrics[0] else "step")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=MUTED, fontsize=9)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Write (value, text, colour) to the right of the axes, moved apart where values lie close together."""
+    labels = sorted(labels)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = _spread([float(to_axes.transform((0, value))[1]) for value, _, _ in labels], gap=0.085)
+    for height, (_, text, colour) in zip(heights, labels, strict=True):
+        axes.text(1.02, height, text, color=colour, transform=axes.transAxes, va="center", fontsize=8.5)
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved at least `gap` apart, upwards first, then back down below 1."""
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return heights
+
+
+def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """What was logged under `key` and is finite, and where: after how many images, or steps."""
+    points = [
+        (row.get("images", row["step"]), row[key]) for row in metrics if math.isfinite(row.get(key, math.nan))
+    ]
+    x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return x, y

@@ -1,0 +1,163 @@
+"""A run folder as dataclasses. A run may still be going, or have ended early: what is missing or
+unreadable is said in `Run.notes`, in words for the page, and never stops the report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+T = TypeVar("T")
+
+Metrics = list[dict[str, float]]  # a row per logged step, ascending; a key is there where it was logged
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One row of the probe table; accuracies are fractions, None where not measured."""
+
+    name: str
+    knn_top1: float | None = None
+    linear_top1: float | None = None
+    rankme: float | None = None
+    target_std: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the trainer says about the whole run."""
+
+    name: str
+    objective: str = ""
+    steps: int | None = None
+    images: int | None = None
+    train_s: float | None = None
+    precision: str = ""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+    probe_note: str = ""
+
+    def probe(self, name: str) -> Probe | None:
+        """The row of that name, if it was measured."""
+        return next((probe for probe in self.probes if probe.name == name), None)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Features and masks of a few fixed images at one step."""
+
+    step: int
+    grid: tuple[int, int]
+    images: Tensor  # uint8 [n, C, H, W]
+    features: Tensor  # fp16 [n, N, D]
+    context: list[Tensor]  # n of int64 [K_i]
+    targets: Tensor | None  # int64 [M, n, P]; None: everything outside the context is predicted
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the page is made of."""
+
+    config: str  # YAML text, "" when missing
+    metrics: Metrics
+    summary: Summary
+    snapshots: list[Snapshot]  # by step
+    notes: list[str]
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read `config.yaml`, `metrics.jsonl`, `report/summary.json` and `report/snapshots/` of a run.
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a folder.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} is not a folder; give the folder a run wrote (its `run.dir`)")
+    notes: list[str] = []
+
+    def attempt(read: Callable[[Path], T], path: Path, otherwise: T, without: str) -> T:
+        try:
+            return read(path)
+        except FileNotFoundError:
+            notes.append(f"There is no {path.relative_to(run_dir)}: {without}.")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            notes.append(f"{path.relative_to(run_dir)} cannot be read ({reason}): {without}.")
+        return otherwise
+
+    config = attempt(Path.read_text, run_dir / "config.yaml", "", "the configuration is not shown")
+    nothing: tuple[Metrics, int] = ([], 0)
+    metrics, bad_lines = attempt(
+        _read_metrics, run_dir / "metrics.jsonl", nothing, "no curves, and collapse is not checked"
+    )
+    if bad_lines:
+        notes.append(f"In metrics.jsonl, {bad_lines} lines are no JSON object with a step and are left out.")
+    summary = attempt(
+        _read_summary,
+        run_dir / "report" / "summary.json",
+        Summary(name=run_dir.name),
+        "the run has not ended, or ended early, and the trained encoder has not been probed",
+    )
+    paths = sorted((run_dir / "report" / "snapshots").glob("*.safetensors"))
+    read = [attempt(_read_snapshot, path, None, "this snapshot is left out") for path in paths]
+    snapshots = sorted((snapshot for snapshot in read if snapshot is not None), key=lambda s: s.step)
+    if not snapshots:
+        notes.append("There are no snapshots in report/snapshots: no pictures of masks and features.")
+    return Run(config, metrics, summary, snapshots, notes)
+
+
+def _read_metrics(path: Path) -> tuple[Metrics, int]:
+    """The rows, and how many lines were unreadable, not counting a last one cut off in the middle."""
+    text = path.read_text(errors="replace")
+    lines = text.splitlines()
+    by_step: dict[int, dict[str, float]] = {}  # a resumed run logs a few steps again: the last one counts
+    bad_lines = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            by_step[int(row["step"])] = {key: v for key, v in row.items() if isinstance(v, int | float)}
+        except (ValueError, TypeError, KeyError):
+            torn = number == len(lines) and not text.endswith("\n")
+            bad_lines += not torn
+    return [by_step[step] for step in sorted(by_step)], bad_lines
+
+
+def _read_summary(path: Path) -> Summary:
+    raw = json.loads(path.read_text())
+    rows = raw.get("probe") or []
+    known = Probe.__dataclass_fields__
+    return Summary(
+        name=raw["name"],
+        objective=raw.get("objective", ""),
+        steps=raw.get("steps"),
+        images=raw.get("images"),
+        train_s=raw.get("train_s"),
+        precision=raw.get("precision", ""),
+        device=raw.get("device", ""),
+        versions=raw.get("versions") or {},
+        probes=tuple(Probe(**{key: value for key, value in row.items() if key in known}) for row in rows),
+        probe_note=raw.get("probe_note") or "",
+    )
+
+
+def _read_snapshot(path: Path) -> Snapshot:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    down, across = (int(side) for side in metadata["grid"].split(","))
+    if "context" in tensors:
+        context = list(tensors["context"])
+    else:
+        context = list(tensors["context_flat"].split(tensors["cu_seqlens"].diff().tolist()))
+    return Snapshot(
+        step=int(metadata["step"]),
+        grid=(down, across),
+        images=tensors["images"],
+        features=tensors["features"],
+        context=context,
+        targets=tensors.get("targets"),
+    )

@@ -1,0 +1,144 @@
+"""Pictures of images cut into patches: the masks as sampled, and features as colours."""
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fastjepa.evaluation.pictures import patch_pca
+from fastjepa.report.load import Snapshot
+
+# Okabe and Ito's colours: told apart by colour-blind eyes too.
+BLOCK_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_ACROSS = 4  # images beside one another: on a phone each is still a finger wide
+_MOST_IMAGES = 8
+_HIDDEN = 0.25  # how much of a patch outside the context shines through
+_VEIL = (0.67, 0.72, 0.77)  # neither black nor white, which both occur inside images
+
+Segment = tuple[tuple[float, float], tuple[float, float]]
+
+
+def mask_pictures(snapshot: Snapshot) -> list[Figure]:
+    """What the context encoder sees, with the blocks to predict outlined; four images to a figure."""
+    images = _rgb(snapshot.images)
+    return [_mask_row(snapshot, images, chosen) for chosen in _rows_of_images(len(images))]
+
+
+def feature_pictures(snapshots: list[Snapshot]) -> list[Figure]:
+    """Images, and under them their patch features as colours, a row per snapshot; four images to a figure.
+
+    Raises:
+        ValueError: the snapshots differ in images or grid, or features are not finite.
+    """
+    names = ["image", *("start" if s.step == 0 else f"step {s.step:,}" for s in snapshots)]
+    images = _rgb(snapshots[0].images)
+    rows = [images, *(p.numpy() for p in patch_pca([s.features for s in snapshots], snapshots[0].grid))]
+    figures = []
+    for chosen in _rows_of_images(len(images)):
+        figure, grid = _picture_grid(len(rows), images.shape[1] / images.shape[2], left_in=0.22)
+        for row, (pictures, name) in enumerate(zip(rows, names, strict=True)):
+            for axes, index in zip(grid[row], chosen, strict=False):
+                axes.imshow(pictures[index], interpolation="nearest", extent=(0, 1, 1, 0), aspect="auto")
+            first = grid[row, 0]
+            first.text(
+                -0.08, 0.5, name, transform=first.transAxes, rotation=90, ha="right", va="center", size=7.5
+            )
+        figures.append(figure)
+    return figures
+
+
+def outline(block: np.ndarray, inset: float) -> list[Segment]:
+    """The border of a set of patches as lines, drawn `inset` inside it.
+
+    Blocks that share a border stay visible when each has an inset of its own.
+
+    Args:
+        block: bool [h, w].
+        inset: in patches, below 0.5.
+
+    Returns:
+        Segments ((x, y), (x, y)) in patches, y downwards, that join at the corners.
+    """
+    padded = np.pad(block, 1)
+    segments: list[Segment] = []
+    for row, column in np.argwhere(block):
+        y, x = row + 1, column + 1
+        for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            if padded[y + down, x + right]:
+                continue
+            ends = []
+            for side in (-1, 1):  # along the border
+                beside = padded[y + side * abs(right), x + side * abs(down)]
+                beyond = padded[y + down + side * abs(right), x + right + side * abs(down)]
+                # The border turns inwards (a corner of the set), goes straight on, or turns outwards.
+                reach = 0.5 - inset if not beside else 0.5 + inset if beyond else 0.5
+                along, across = side * reach, 0.5 - inset
+                end_x = column + 0.5 + right * across + abs(down) * along
+                end_y = row + 0.5 + down * across + abs(right) * along
+                ends.append((float(end_x), float(end_y)))
+            segments.append((ends[0], ends[1]))
+    return segments
+
+
+def _mask_row(snapshot: Snapshot, images: np.ndarray, chosen: range) -> Figure:
+    down, across = snapshot.grid
+    figure, grid = _picture_grid(1, images.shape[1] / images.shape[2], left_in=0.0)
+    for axes, index in zip(grid[0], chosen, strict=False):
+        seen = _as_grid(snapshot.context[index], snapshot.grid)
+        veiled = _HIDDEN * images[index] + (1 - _HIDDEN) * np.array(_VEIL)
+        shown = np.where(_enlarge(seen, images.shape[1:3])[..., None], images[index], veiled)
+        axes.imshow(shown, interpolation="nearest", extent=(0, across, down, 0), aspect="auto")
+        if snapshot.targets is not None:
+            for number, tokens in enumerate(snapshot.targets[:, index]):
+                lines = outline(_as_grid(tokens, snapshot.grid), inset=0.06 + 0.09 * (number % 4))
+                colour = BLOCK_COLOURS[number % len(BLOCK_COLOURS)]
+                axes.add_collection(
+                    LineCollection(lines, colors=colour, linewidths=1.6, capstyle="projecting")
+                )
+    return figure
+
+
+def _picture_grid(rows: int, height_to_width: float, left_in: float) -> tuple[Figure, np.ndarray]:
+    """A figure of `rows` by `_ACROSS` empty axes, as wide as the curves, every cell of the images' shape."""
+    width_in, gap_in = 3.6, 0.05
+    cell_in = (width_in - left_in - gap_in * (_ACROSS - 1)) / _ACROSS
+    height_in = rows * cell_in * height_to_width + gap_in * (rows - 1)
+    figure = Figure(figsize=(width_in, height_in))
+    grid = figure.subplots(
+        rows,
+        _ACROSS,
+        squeeze=False,
+        gridspec_kw={
+            "left": left_in / width_in,
+            "right": 1,
+            "bottom": 0,
+            "top": 1,
+            "wspace": gap_in / cell_in,
+            "hspace": gap_in / (cell_in * height_to_width),
+        },
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return figure, grid
+
+
+def _rows_of_images(count: int) -> list[range]:
+    shown = min(count, _MOST_IMAGES)
+    return [range(start, min(start + _ACROSS, shown)) for start in range(0, shown, _ACROSS)]
+
+
+def _as_grid(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    present = np.zeros(grid, dtype=bool)
+    present.flat[tokens.numpy()] = True
+    return present
+
+
+def _enlarge(block: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w] patches as [H, W] pixels."""
+    return block.repeat(size[0] // block.shape[0], axis=0).repeat(size[1] // block.shape[1], axis=1)
+
+
+def _rgb(images: Tensor) -> np.ndarray:
+    """uint8 [n, C, H, W] -> [n, H, W, 3] in [0, 1]; of 2 or 4 channels the first is shown."""
+    channels = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return channels.permute(0, 2, 3, 1).numpy() / 255

@@ -1,0 +1,67 @@
+"""What the probes say in words: generated from the numbers, so that no win is claimed that is not there."""
+
+from fastjepa.report.load import Probe, Summary
+
+TRAINED = ("trained target encoder", "trained context encoder")
+BASELINES = ("raw pixels", "untrained encoder")
+# Two accuracies on 10,000 test images differ by 0.5 points or more by luck alone about one time in three.
+TIE_POINTS = 0.5
+
+_MEASURES = {"linear_top1": "linear probe", "knn_top1": "kNN"}
+_IN_WORDS = {"raw pixels": "raw pixels", "untrained encoder": "an untrained encoder"}
+
+
+def percent(fraction: float) -> str:
+    """To a tenth, with the sign kept on the line of the number."""
+    return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%"
+
+
+def trained_probe(summary: Summary) -> Probe | None:
+    """The row the report is about: the target encoder's, as in the paper, else the context encoder's."""
+    return next((probe for name in TRAINED if (probe := summary.probe(name)) is not None), None)
+
+
+def verdict(summary: Summary) -> list[str]:
+    """A first sentence with the outcome against each baseline, then one per measure with the numbers."""
+    trained = trained_probe(summary)
+    if trained is None:
+        return ["The trained encoder has not been probed."]
+    outcomes = [words for name in BASELINES if (words := _outcome(trained, summary.probe(name), name))]
+    if not outcomes:
+        return [f"The {trained.name} has no baseline to be compared with."]
+    numbers = [
+        f"By {measure} {percent(value)}: {_gaps(value, summary, key)}."
+        for key, measure in _MEASURES.items()
+        if (value := getattr(trained, key)) is not None
+    ]
+    return [f"The {trained.name} {', and '.join(outcomes)}.", *numbers]
+
+
+def _outcome(trained: Probe, baseline: Probe | None, name: str) -> str | None:
+    """By which measures the baseline is beaten, and by which not; None if there is none of both."""
+    won: list[str] = []
+    lost: list[str] = []
+    for key, measure in _MEASURES.items():
+        value, other = getattr(trained, key), getattr(baseline, key, None)
+        if value is not None and other is not None:
+            (won if 100 * (value - other) >= TIE_POINTS else lost).append(measure)
+    if not won and not lost:
+        return None
+    if not won:
+        return f"does not beat {_IN_WORDS[name]} by {' or '.join(lost)}"
+    but = f" but not by {lost[0]}" if lost else ""
+    return f"beats {_IN_WORDS[name]} by {' and '.join(won)}{but}"
+
+
+def _gaps(value: float, summary: Summary, key: str) -> str:
+    gaps = []
+    for name in BASELINES:
+        other = getattr(summary.probe(name), key, None)
+        if other is None:
+            gaps.append(f"{_IN_WORDS[name]} not measured")
+            continue
+        points = 100 * (value - other)
+        side = "above" if points > 0 else "below"
+        gap = "level with" if abs(points) < TIE_POINTS else f"{abs(points):.1f} points {side}"
+        gaps.append(f"{gap} {_IN_WORDS[name]} ({percent(other)})")
+    return ", ".join(gaps)

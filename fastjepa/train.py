@@ -1,0 +1,148 @@
+"""Pretrain an encoder: the story of one run, top to bottom.
+
+    python fastjepa/train.py --config configs/fashion_mnist.yaml [section.key=value …]
+    deepspeed fastjepa/train.py --config configs/vit_base_16.yaml data.root=/images
+    torchrun --nproc-per-node 8 fastjepa/train.py --config configs/vit_base_16.yaml data.root=/images
+
+The same command again resumes from the newest good checkpoint.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+
+from fastjepa.config import Config, ConfigError, load_config
+from fastjepa.data.loader import Batch, make_loader
+from fastjepa.data.unreadable import TooManyUnreadable
+from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
+from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
+from fastjepa.engine.console import RunConsole
+from fastjepa.engine.folder import folder_of
+from fastjepa.engine.images import open_images
+from fastjepa.engine.launch import join_world, leave_world, micro_batch
+from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.recorder import NonFinite
+from fastjepa.engine.run import Run
+from fastjepa.engine.stopping import Call, PeerFailed, StopRequest
+from fastjepa.interop import load_initial_weights
+from fastjepa.report import write_report
+
+# Errors that the person at the keyboard can do something about: the message is all there is to say.
+TOLD = (ConfigError, CheckpointError, TooManyUnreadable, NonFinite, PeerFailed, TimeoutError)
+INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain an encoder with I-JEPA, or with MAE for comparison."
+    )
+    parser.add_argument("--config", help="a YAML file, see configs/")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            print(config.to_yaml(), end="")
+            return 0
+        return pretrain(config)
+    except TOLD as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        leave_world()
+
+
+def pretrain(config: Config) -> int:
+    """One run, or the rest of one; the exit status."""
+    world = join_world(config.speed.device)
+    images, masks = open_images(config), build_masks(config)
+    order = build_order(config, len(images.train))
+    schedule = build_schedule(config, order.steps_per_epoch)
+    micro_batch(config, world.size)  # a batch that does not divide is refused before anything is written
+    folder = folder_of(config)
+    world.on_main(lambda: folder.open(config))
+    stop = StopRequest()
+
+    with RunConsole(world.is_main, title=config.run.name) as console:
+        run = Run(config, world, folder, console, images, masks, order, schedule)
+        model = build_model(config)
+        run.judge_baselines(model)
+        if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
+            load_initial_weights(model, config.run.init_from)
+        learner = start_learner(model, config, world)
+        run.resume(learner)
+        fit(run, learner, stop)
+        if run.position.step < schedule.steps:
+            assert stop.signal is not None or world.size > 1
+            console.say(f"Stopped at step {run.position.step} of {schedule.steps}; the same command resumes.")
+            return INTERRUPTED if stop.signal == signal.SIGINT else 0
+        run.conclude(learner)
+    if world.is_main:
+        print(f"Report: {write_report(folder.path)}")
+    return 0
+
+
+def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
+    """Train from the run's position to its last step, or until a signal; leave a checkpoint."""
+    config, world = run.config, run.world
+    batches = make_loader(
+        run.images.train,
+        run.masks,
+        run.order,
+        size=config.data.image_size,
+        augmentation=build_augmentation(config),
+        seed=config.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.speed.accumulation,
+        first_step=run.position.step,
+        last_step=run.schedule.steps,
+        workers=config.speed.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    saved_step = run.position.step
+    run.clock.lap()
+    with closing(batches):
+        for step in range(run.position.step, run.schedule.steps):
+            with run.clock.waiting():
+                micro_batches, failure = fetch(batches, config.speed.accumulation)
+            call = world.worst(stop.call if failure is None else Call.GIVE_UP)
+            if call == Call.GIVE_UP:
+                raise failure or PeerFailed("another rank stopped; its message says why")
+            if call == Call.SAVE_AND_STOP:
+                break
+
+            rates = run.schedule.at(step)
+            outs = learner.step((batch.to(world.device) for batch in micro_batches), rates)
+            run.advance(outs, micro_batches[0])
+
+            done = step + 1
+            if done % config.run.log_every == 0 or done == run.schedule.steps:
+                run.log(learner, rates)
+            with run.clock.paused():
+                if config.probe.every_steps and done % config.probe.every_steps == 0:
+                    run.judge_now(learner)
+                if done % config.run.save_every == 0 and run.save(learner):
+                    saved_step = done
+    if saved_step != run.position.step and not run.save(learner):
+        raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
+
+
+def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], Exception | None]:
+    """The micro-batches of a step, or why there are none: the other ranks must hear of it first."""
+    try:
+        return list(islice(batches, count)), None
+    except (TooManyUnreadable, TimeoutError) as error:
+        return [], error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
