@@ -124,9 +124,8 @@ def make_loader(
         raise ValueError(f"the order is of {order.images} images, the set has {len(images)}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}; ranks are 0 to {world_size - 1}")
-    rank_slice(
-        torch.arange(order.global_batch), rank, world_size, accumulation
-    )  # complain now, not in a worker
+    # A batch that does not divide is refused now, not when the first one is asked for.
+    rank_slice(torch.arange(order.global_batch), rank, world_size, accumulation)
 
     def turns() -> Iterator[_Turn]:
         steps = itertools.count(first_step) if last_step is None else range(first_step, last_step)

@@ -90,9 +90,8 @@ def draw(augmentation: Augmentation, seed: int, epoch: int, image_index: Tensor)
     if augmentation.crop_scale is not None:
         crops = uniform(seed, Stream.CROP, image_index, epoch, _CROP_NUMBERS).tolist()  # [B, 22]
     if augmentation.flip_probability:
-        flips = (
-            uniform(seed, Stream.FLIP, image_index, epoch, 1)[:, 0] < augmentation.flip_probability
-        ).tolist()
+        uniforms = uniform(seed, Stream.FLIP, image_index, epoch, 1)[:, 0]  # [B]
+        flips = (uniforms < augmentation.flip_probability).tolist()
     return [Chance(crop, flip) for crop, flip in zip(crops, flips, strict=True)]
 
 

@@ -44,7 +44,7 @@ class Predictor(nn.Module):
         Returns:
             [M, B, P, D].
         """
-        positions = self.predictor_pos_embed[0]  # [N, d]
+        positions = self.predictor_pos_embed[0].to(context.dtype)  # [N, d]
         seen = self.predictor_embed(context) + positions[context_index.long()]  # [B, K, d] or [T, d]
         asked = self.mask_token[0] + positions[target_index.long()]  # [M, B, P, d]
         if cu_seqlens is None:

@@ -129,14 +129,15 @@ class VisionTransformer(nn.Module):
             x [T, D] and how it is cut into B sequences.
         """
         x = self.patch_embed(self.patches(images, index, cu_seqlens))  # [B, K, D] or [T, D]
-        positions = self.pos_embed[0, 1:] if self.shape.class_token else self.pos_embed[0]  # [N, D]
+        table = self.pos_embed.to(x.dtype)  # an engine may cast parameters alone
+        positions = table[0, 1:] if self.shape.class_token else table[0]  # [N, D]
         x = x + (positions if index is None else positions[index.long()])
         if cu_seqlens is not None:
             if self.shape.class_token:
                 raise ValueError("a class token needs contexts of equal length, not cu_seqlens")
             return x, Sequences(cu_seqlens, positions.shape[0], uniform=False)
         if self.shape.class_token:
-            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
+            x = torch.cat([(self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         return x.flatten(0, 1), equal_sequences(x.shape[0], x.shape[1], x.device)
 
     def forward(

@@ -95,7 +95,7 @@ def load_run(run_dir: Path) -> Run:
         _read_metrics, run_dir / "metrics.jsonl", nothing, "no curves, and collapse is not checked"
     )
     if bad_lines:
-        notes.append(f"In metrics.jsonl, {bad_lines} lines are no JSON object with a step and are left out.")
+        notes.append(f"Lines of metrics.jsonl left out, as they are no JSON object with a step: {bad_lines}.")
     summary = attempt(
         _read_summary,
         run_dir / "report" / "summary.json",
@@ -119,10 +119,12 @@ def _read_metrics(path: Path) -> tuple[Metrics, int]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            by_step[int(row["step"])] = {key: v for key, v in row.items() if isinstance(v, int | float)}
+            step = int(row["step"])
         except (ValueError, TypeError, KeyError):
             torn = number == len(lines) and not text.endswith("\n")
             bad_lines += not torn
+        else:
+            by_step[step] = {key: v for key, v in row.items() if isinstance(v, int | float)}
     return [by_step[step] for step in sorted(by_step)], bad_lines
 
 

@@ -7,11 +7,13 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CLASS_NAMES = (
     "T-shirt/top",
@@ -71,8 +73,10 @@ class FashionMNIST:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int, min_side: int | None = None) -> Image.Image:
+    def read(self, index: int, min_side: int | None = None) -> "Image.Image":
         """One image. It never comes reduced, so `min_side` changes nothing."""
+        from PIL import Image  # of fastjepa[train]; the tensors alone can do without it
+
         return Image.fromarray(self.images[index, 0].numpy())
 
     def path(self, index: int) -> str:

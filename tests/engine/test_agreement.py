@@ -1,0 +1,260 @@
+"""ZeRO stages, ranks and accumulation may not change what is learned.
+
+Every combination trains the same 30 steps on the same images and is held to one loop of plain torch, written
+out below. The worker processes run this file as a script: real gloo ranks under real DeepSpeed.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastjepa.config import Config, load_config
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.data.loader import make_loader
+from fastjepa.data.order import GlobalOrder
+from fastjepa.data.transforms import Augmentation
+from fastjepa.engine.build import build_masks, build_model, build_schedule
+from fastjepa.objectives import JEPA
+
+STEPS = 30
+IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    stage: int
+    accumulation: int
+    mode: str = "budget"
+    precision: str = "fp32"
+    clip: float = 0.0
+    objective: str = "jepa"
+
+    @property
+    def name(self) -> str:
+        return "-".join(f"{key}_{value}" for key, value in vars(self).items())
+
+
+FP32 = [
+    Case(ranks, stage, accumulation, mode)
+    for mode in ("budget", "packed")
+    for ranks, stage, accumulation in [
+        (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 0, 2), (1, 1, 4), (1, 2, 2),
+        (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 0, 2), (2, 1, 2), (2, 2, 4),
+    ]
+]  # fmt: skip
+CLIPPED = [Case(1, 0, 1, clip=0.05), Case(1, 1, 2, clip=0.05), Case(2, 0, 1, clip=0.05), Case(2, 2, 2, clip=0.05)]
+MAE = [Case(1, 0, 1, objective="mae"), Case(2, 1, 1, objective="mae"), Case(2, 2, 2, objective="mae")]
+BF16 = [
+    Case(ranks, stage, accumulation, precision="bf16")
+    for ranks in (1, 2)
+    for stage, accumulation in [(0, 1), (1, 1), (1, 4), (2, 2)]
+]
+CASES = FP32 + CLIPPED + MAE + BF16
+
+
+def config_of(case: Case) -> Config:
+    return load_config(
+        None,
+        [
+            "model.size=free", "model.width=64", "model.depth=2", "model.heads=2", "model.patch_size=4",
+            "model.predictor_width=48", "model.predictor_depth=2", "model.predictor_heads=2",
+            "model.decoder_width=48", "model.decoder_depth=1", "model.decoder_heads=2",
+            f"masks.mode={case.mode}", f"objective.name={case.objective}",
+            "data.image_size=28", "data.channels=1", "data.mean=[0.286]", "data.std=[0.353]",
+            "data.crop_scale=null", "optim.global_batch=16", "optim.epochs=null", f"optim.steps={STEPS}",
+            "optim.lr=5e-4", "optim.warmup_epochs=0.016", "optim.momentum=0.98",
+            f"optim.clip_grad={case.clip}", f"optim.precision={case.precision}",
+            f"speed.zero_stage={case.stage}", f"speed.accumulation={case.accumulation}", "speed.device=cpu",
+        ],
+    )  # fmt: skip
+
+
+def loader_of(config: Config, rank: int = 0, ranks: int = 1, accumulation: int = 1):
+    order = GlobalOrder(IMAGES, config.optim.global_batch, config.run.seed)
+    return make_loader(
+        FashionMNIST(), build_masks(config), order, size=28, augmentation=Augmentation(), seed=config.run.seed,
+        rank=rank, world_size=ranks, accumulation=accumulation, last_step=STEPS,
+    )  # fmt: skip
+
+
+def plain_torch(case: Case) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """One process, no DeepSpeed, no partitions: losses, initial and final weights."""
+    config = config_of(case)
+    model = build_model(config)
+    network = model.trainable()
+    schedule = build_schedule(config, IMAGES // config.optim.global_batch)
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=(0.9, 0.999), eps=1e-8)
+    start, losses = named_weights(model), []
+    for step, batch in enumerate(loader_of(config)):
+        rates = schedule.at(step)
+        for group, decay in zip(optimizer.param_groups, (rates.weight_decay, 0.0), strict=True):
+            group["lr"], group["weight_decay"] = rates.lr, decay
+        if isinstance(model, JEPA):
+            loss = model.loss(batch.images, batch.masks.context, batch.masks.targets, batch.masks.cu_seqlens)
+        else:
+            loss = model(batch.images, batch.masks.context, batch.masks.targets[0])[0]
+        loss.backward()
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), case.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(model, JEPA):
+            with torch.no_grad():
+                pairs = zip(model.target_encoder.parameters(), model.encoder.parameters(), strict=True)
+                for average, new in pairs:
+                    average.copy_(rates.momentum * average + (1 - rates.momentum) * new)
+        losses.append(loss.item())
+    return losses, start, named_weights(model)
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def without_key_bias(name: str, tensor: Tensor) -> Tensor:
+    """The gradient of a key bias is exactly 0, in floating point rounding, which Adam turns into steps."""
+    if not name.endswith("attn.qkv.bias"):
+        return tensor
+    query, _, value = tensor.chunk(3)
+    return torch.cat([query, value])
+
+
+def update_error(final: dict[str, Tensor], reference: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Norm of the difference of two weight updates over the norm of the update."""
+    names = reference.keys()
+    assert final.keys() == names
+    error = [without_key_bias(n, final[n] - reference[n]).double().flatten() for n in names]
+    update = [without_key_bias(n, reference[n] - start[n]).double().flatten() for n in names]
+    return float(torch.cat(error).norm() / torch.cat(update).norm())
+
+
+# The worker: every case of one world size, in real processes
+
+
+def run_worker(cases: list[Case], out: Path) -> None:
+    from fastjepa.engine.launch import join_world, leave_world
+    from fastjepa.engine.learner import start_learner
+
+    torch.set_num_threads(1)
+    world = join_world("cpu")
+    for case in cases:
+        config = config_of(case)
+        model = build_model(config)
+        learner = start_learner(model, config, world)
+        schedule = build_schedule(config, IMAGES // config.optim.global_batch)
+        batches = loader_of(config, world.rank, world.size, case.accumulation)
+        losses, worst = [], 0.0
+        for step in range(STEPS):
+            target, rates = learner.target, schedule.at(step)
+            before = [] if target is None else [shadow.clone() for shadow in target.shadow]
+            outs = learner.step([next(batches) for _ in range(case.accumulation)], rates)
+            losses.append(float(world.mean(torch.stack([o.loss.detach() for o in outs]).mean())))
+            if target is not None:
+                for p, old, new in zip(target.partitions, before, target.shadow, strict=True):
+                    expected = torch.lerp(old, p.master, 1 - rates.momentum)
+                    worst = max(worst, float((new - expected).abs().max()))
+        state = learner.gather()
+        if world.is_main:
+            tensors = dict(state["student"])
+            for name, tensor in state.get("target", {}).items():
+                tensors["target_" + name] = tensor
+            if learner.target is not None:  # what the forward pass really computes with
+                working = dict(model.target_encoder.named_parameters())
+                tensors |= {f"working.{name}": p.detach().clone() for name, p in working.items()}
+            save_file(tensors, out / f"{case.name}.safetensors")
+            report = {"losses": losses, "shadow_error": worst}
+            (out / f"{case.name}.json").write_text(json.dumps(report))
+    leave_world()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("agreement")
+    for ranks in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(ranks), str(out)],
+                env=os.environ
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output
+    return out
+
+
+_plain: dict[Case, tuple[list[float], dict[str, Tensor], dict[str, Tensor]]] = {}
+
+
+def reference(case: Case) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """The plain loop does not depend on ranks, stage or accumulation: run it once for the rest."""
+    key = Case(1, 0, 1, case.mode, "fp32", case.clip, case.objective)
+    if key not in _plain:
+        _plain[key] = plain_torch(key)
+    return _plain[key]
+
+
+def read(results: Path, case: Case) -> tuple[list[float], float, dict[str, Tensor]]:
+    report = json.loads((results / f"{case.name}.json").read_text())
+    tensors = load_file(results / f"{case.name}.safetensors")
+    return report["losses"], report["shadow_error"], tensors
+
+
+@pytest.mark.parametrize("case", FP32 + CLIPPED + MAE, ids=lambda case: case.name)
+def test_fp32_agrees_with_plain_torch(results: Path, case: Case) -> None:
+    losses, shadow_error, tensors = read(results, case)
+    expected, start, final = reference(case)
+
+    relative = [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
+    assert max(relative) < 1e-5, relative
+    assert expected[-1] < 0.9 * expected[0], "nothing was learned, so nothing was compared"
+
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("working.")}
+    # One naming for both: the plain loop's target is "target_encoder.…", as the gathered shadow's here.
+    assert update_error(weights, final, start) < 1e-3
+    assert shadow_error == 0.0
+    for name, tensor in tensors.items():
+        if name.startswith("working."):
+            assert torch.equal(tensor, tensors["target_encoder." + name.removeprefix("working.")])
+
+
+@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+def test_bf16_follows_fp32(results: Path, case: Case) -> None:
+    """Within bf16's 8 bits; the shadow stays exact in fp32, and the working copy is its rounding."""
+    losses, shadow_error, tensors = read(results, case)
+    expected, start, final = reference(case)
+    relative = [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
+    assert max(relative) < 2e-2, relative
+    assert shadow_error == 0.0
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("working.")}
+    assert update_error(weights, final, start) < 0.35
+    for name, tensor in tensors.items():
+        if name.startswith("working."):
+            shadow = tensors["target_encoder." + name.removeprefix("working.")]
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, shadow.bfloat16())
+
+
+if __name__ == "__main__":
+    run_worker([case for case in CASES if case.ranks == int(sys.argv[1])], Path(sys.argv[2]))
