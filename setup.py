@@ -105,7 +105,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "safetensors"],
     extras_require={"train": TRAIN, "bench": BENCH, "docs": DOCS, "dev": DEV},
     packages=[*find_packages(include=["fastjepa", "fastjepa.*"]), *find_packages("kernels")],

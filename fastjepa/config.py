@@ -1,18 +1,20 @@
 """The configuration of a run: dataclasses, filled from YAML and from `section.key=value`.
 
-`model`, `masks`, `objective`, `optim` and `data` change results; `probe` how they are judged; `speed` only how
-fast they come; `run` where they go. Two runs with the same first part give the same curve, within floating point.
+`model`, `masks`, `objective`, `optim` and `data` change results, `probe` how they are judged, `speed` only
+how fast they come, `run` where they go. Two runs with the same first part give the same curve, within
+floating point.
 """
 
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -23,35 +25,54 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says what to change."""
 
 
+@dataclass(frozen=True)
+class Within:
+    """What a number may be, in words and from `low` to `high`, both included."""
+
+    words: str
+    low: float
+    high: float = math.inf
+
+
+Count = Annotated[int, Within("at least 1", 1)]
+CountOrNone = Annotated[int, Within("at least 0", 0)]
+Several = Annotated[int, Within("at least 2", 2)]
+Seed = Annotated[int, Within("a 64-bit number", -(2**63), 2**63 - 1)]
+Positive = Annotated[float, Within("above 0", math.ulp(0.0))]
+NotNegative = Annotated[float, Within("at least 0", 0)]
+Fraction = Annotated[float, Within("from 0 to 1", 0, 1)]
+BelowOne = Annotated[float, Within("at least 0 and below 1", 0, math.nextafter(1, 0))]
+
+
 @dataclass
 class ModelConfig:
     size: Literal["tiny", "small", "base", "large", "huge", "giant", "free"] = "small"
-    patch_size: int = 16  # pixels
+    patch_size: Count = 16  # pixels
     init: Literal["published", "xavier"] = "xavier"
     # Needed for size "free"; they override a named size.
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    predictor_width: int | None = None
-    predictor_depth: int | None = None
-    predictor_heads: int | None = None
-    decoder_width: int = 512  # of MAE
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    width: Count | None = None
+    depth: Count | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
+    predictor_width: Count | None = None
+    predictor_depth: Count | None = None
+    predictor_heads: Count | None = None
+    decoder_width: Count = 512  # of MAE
+    decoder_depth: Count = 8
+    decoder_heads: Count = 16
 
 
 @dataclass
 class MasksConfig:
     mode: Literal["truncate", "budget", "packed"] = "budget"
-    context_tokens: int | None = None  # of budget: by default what 95 % of draws reach
-    target_tokens: int | None = None  # of budget: by default the smallest block
-    target_blocks: int = 4
+    context_tokens: Count | None = None  # of budget: by default what 95 % of draws reach
+    target_tokens: Count | None = None  # of budget: by default the smallest block
+    target_blocks: Count = 4
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)
     context_aspect: tuple[float, float] = (1.0, 1.0)
-    min_keep: int = 10
+    min_keep: CountOrNone = 10
     mask_ratio: float = 0.75  # of MAE
 
 
@@ -63,20 +84,20 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    global_batch: int = 2048  # images per optimizer step, over all ranks and accumulation
-    epochs: float | None = 300
-    steps: int | None = None  # instead of epochs
-    lr: float = 1e-3
-    start_lr: float = 2e-4
-    final_lr: float = 1e-6
-    warmup_epochs: float = 40
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.996  # of the target encoder, linear to final_momentum
-    final_momentum: float = 1.0
-    clip_grad: float = 0.0  # largest gradient norm; 0 for none
+    global_batch: Count = 2048  # images per optimizer step, over all ranks and accumulation
+    epochs: Positive | None = 300
+    steps: Count | None = None  # instead of epochs
+    lr: NotNegative = 1e-3
+    start_lr: NotNegative = 2e-4
+    final_lr: NotNegative = 1e-6
+    warmup_epochs: NotNegative = 40
+    weight_decay: NotNegative = 0.04
+    final_weight_decay: NotNegative = 0.4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+    momentum: Fraction = 0.996  # of the target encoder, linear to final_momentum
+    final_momentum: Fraction = 1.0
+    clip_grad: NotNegative = 0.0  # largest gradient norm; 0 for none
     precision: Literal["fp32", "bf16"] = "bf16"
 
 
@@ -85,32 +106,32 @@ class DataConfig:
     name: Literal["fashion_mnist", "folder"] = "fashion_mnist"
     root: str | None = None  # of a folder of images, or of the full Fashion-MNIST
     probe_root: str | None = None  # held-out labelled images of a folder
-    image_size: int = 224  # pixels
-    channels: int = 3
+    image_size: Count = 224  # pixels
+    channels: Count = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     crop_scale: tuple[float, float] | None = (0.3, 1.0)  # of RandomResizedCrop; null for none
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: float = 0.0  # probability
-    hold_out: int = 0  # of the training images, kept for judging instead of the test set: for tuning
+    flip: Fraction = 0.0  # probability
+    hold_out: CountOrNone = 0  # of the training images, kept for judging instead of the test set: for tuning
 
 
 @dataclass
 class ProbeConfig:
-    every_steps: int = 0  # 0: at the start and the end only
-    bank: int = 5000  # labelled images that a probe learns from, while training
-    queries: int = 2000  # images it is judged on, while training
-    final_bank: int = 50_000  # the same at the start and at the end
-    final_queries: int = 10_000
-    neighbours: int = 20
+    every_steps: CountOrNone = 0  # 0: at the start and the end only
+    bank: Several = 5000  # labelled images that a probe learns from, while training
+    queries: Several = 2000  # images it is judged on, while training
+    final_bank: Several = 50_000  # the same at the start and at the end
+    final_queries: Several = 10_000
+    neighbours: Count = 20
 
 
 @dataclass
 class SpeedConfig:
     zero_stage: Literal[0, 1, 2] = 1
-    accumulation: int = 1  # micro-batches per optimizer step
+    accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
-    workers: int = 4  # loader processes per rank; 0 loads in the training process
+    workers: CountOrNone = 4  # loader processes per rank; 0 loads in the training process
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -118,11 +139,11 @@ class SpeedConfig:
 class RunConfig:
     dir: str = "runs/{name}"  # {name}: of the configuration file
     name: str = "run"
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
-    log_every: int = 10  # steps
-    save_every: int = 1000  # steps
-    keep_last: int = 2  # checkpoints
+    log_every: Count = 10  # steps
+    save_every: Count = 1000  # steps
+    keep_last: Count = 2  # checkpoints
 
 
 @dataclass
@@ -161,15 +182,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text())
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no valid YAML: {_in_one_line(error)}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold sections (model:, optim:, …), got {type(loaded).__name__}")
-        tree = loaded or {}
-        tree.setdefault("run", {}).setdefault("name", Path(path).stem)
+        tree = {section: {} if keys is None else keys for section, keys in (loaded or {}).items()}
+        run = tree.setdefault("run", {})
+        if isinstance(run, dict):
+            run.setdefault("name", Path(path).stem)
     for override in overrides:
         _apply_override(tree, override)
     config: Config = _build(Config, tree, "")
@@ -196,6 +219,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
@@ -204,7 +231,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {override!r} is no valid YAML: {error}") from error
+        raise ConfigError(f"the value of {override!r} is no valid YAML: {_in_one_line(error)}") from error
     for name in names[:-1]:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
@@ -215,7 +242,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold keys and values, got {tree!r}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in tree:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
@@ -240,7 +267,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), {} if value is None else value, f"{name}.")
-    if origin is types.UnionType:
+    if origin is Annotated:
+        number, within = _convert(arguments[0], value, name), arguments[1]
+        if not within.low <= number <= within.high:
+            raise ConfigError(f"{name} must be {within.words}, got {value!r}")
+        return number
+    if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, name)
@@ -263,9 +295,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return value
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
-            pass
+            number = float(value)  # YAML reads 1e-3 as a string
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{name} must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}")
@@ -285,12 +319,3 @@ def _check(config: Config) -> None:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
     if data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")
-    for name, value in (
-        ("optim.global_batch", optim.global_batch),
-        ("speed.accumulation", config.speed.accumulation),
-        ("run.log_every", config.run.log_every),
-        ("run.save_every", config.run.save_every),
-        ("run.keep_last", config.run.keep_last),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")

@@ -22,7 +22,7 @@ from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
-from fastjepa.engine.launch import join_world, leave_world, micro_batch
+from fastjepa.engine.launch import deepspeed_config, join_world, leave_world
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.recorder import NonFinite
 from fastjepa.engine.run import Run
@@ -35,10 +35,10 @@ TOLD = (ConfigError, CheckpointError, TooManyUnreadable, NonFinite, PeerFailed, 
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run from the command line; the exit status."""
     parser = argparse.ArgumentParser(
-        description="Pretrain an encoder with I-JEPA, or with MAE for comparison."
+        prog, description="Pretrain an encoder with I-JEPA, or with MAE for comparison."
     )
     parser.add_argument("--config", help="a YAML file, see configs/")
     parser.add_argument(
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         if options.print_config:
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TOLD as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while starting, or the second one
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     finally:
         leave_world()
 
@@ -63,20 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(config: Config) -> int:
     """One run, or the rest of one; the exit status."""
     world = join_world(config.speed.device)
-    images, masks = open_images(config), build_masks(config)
+    # Whatever does not fit together is refused here, before anything is written.
+    images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
     order = build_order(config, len(images.train))
     schedule = build_schedule(config, order.steps_per_epoch)
-    micro_batch(config, world.size)  # a batch that does not divide is refused before anything is written
-    folder = folder_of(config)
+    deepspeed_config(config, world.size)
+    model, folder = build_model(config), folder_of(config)
+    if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
+        load_initial_weights(model, config.run.init_from)
     world.on_main(lambda: folder.open(config))
     stop = StopRequest()
 
     with RunConsole(world.is_main, title=config.run.name) as console:
-        run = Run(config, world, folder, console, images, masks, order, schedule)
-        model = build_model(config)
-        run.judge_baselines(model)
-        if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
-            load_initial_weights(model, config.run.init_from)
+        run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
+        run.judge_baselines()
         learner = start_learner(model, config, world)
         run.resume(learner)
         fit(run, learner, stop)
@@ -85,20 +88,23 @@ def pretrain(config: Config) -> int:
             console.say(f"Stopped at step {run.position.step} of {schedule.steps}; the same command resumes.")
             return INTERRUPTED if stop.signal == signal.SIGINT else 0
         run.conclude(learner)
-    if world.is_main:
-        print(f"Report: {write_report(folder.path)}")
+        if world.is_main:
+            try:
+                console.say(f"Report: {write_report(folder.path)}")
+            except OSError as error:
+                console.warn(f"no report: {error}; `fastjepa report {folder.path}` writes it again")
     return 0
 
 
 def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
-    """Train from the run's position to its last step, or until a signal; leave a checkpoint."""
+    """Train from the run's position to its last step, a signal or a failing drive; leave a checkpoint."""
     config, world = run.config, run.world
     batches = make_loader(
         run.images.train,
         run.masks,
         run.order,
         size=config.data.image_size,
-        augmentation=build_augmentation(config),
+        augmentation=run.augmentation,
         seed=config.run.seed,
         rank=world.rank,
         world_size=world.size,
@@ -110,14 +116,14 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     )
     saved_step = run.position.step
     run.clock.lap()
+    call: int = Call.GO_ON
+    failure: Exception | None = None
     with closing(batches):
         for step in range(run.position.step, run.schedule.steps):
             with run.clock.waiting():
                 micro_batches, failure = fetch(batches, config.speed.accumulation)
             call = world.worst(stop.call if failure is None else Call.GIVE_UP)
-            if call == Call.GIVE_UP:
-                raise failure or PeerFailed("another rank stopped; its message says why")
-            if call == Call.SAVE_AND_STOP:
+            if call != Call.GO_ON:
                 break
 
             rates = run.schedule.at(step)
@@ -134,13 +140,15 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
                     saved_step = done
     if saved_step != run.position.step and not run.save(learner):
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
+    if call == Call.GIVE_UP:
+        raise failure or PeerFailed("another rank stopped; its message says why")
 
 
 def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], Exception | None]:
     """The micro-batches of a step, or why there are none: the other ranks must hear of it first."""
     try:
         return list(islice(batches, count)), None
-    except (TooManyUnreadable, TimeoutError) as error:
+    except Exception as error:  # whatever it is; raised again once all ranks have saved
         return [], error
 
 

@@ -20,7 +20,7 @@ LOWER_LAYERS = {
     "objectives": {"models", "masks", "fastjepa_kernels"},
     "evaluation": {"models", "data"},
     "config": set[str](),
-    "engine": {"objectives", "models", "data", "evaluation", "config"},
+    "engine": {"objectives", "evaluation", "data", "models", "masks", "fastjepa_kernels", "config"},
 }
 COMMANDS = {"train", "cli", "interop", "report"}
 MAY_IMPORT = LOWER_LAYERS | {command: COMMANDS | {*LOWER_LAYERS, "fastjepa_kernels"} for command in COMMANDS}

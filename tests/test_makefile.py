@@ -88,7 +88,7 @@ def test_setup_fails_aloud_resumes_and_happens_once(project: Path) -> None:
     ("module", "content", "answer"),
     [
         ("ensurepip.py", "raise ImportError", "install its venv module"),
-        ("sitecustomize.py", "import sys; sys.version_info = (3, 9, 18)", "needs Python 3.10 or newer"),
+        ("sitecustomize.py", "import sys; sys.version_info = (3, 10, 18)", "needs Python 3.11 or newer"),
     ],
 )
 def test_setup_says_what_the_python_lacks(project: Path, module: str, content: str, answer: str) -> None:

@@ -121,7 +121,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path, checkout: li
 def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "fastjepa"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     base = {requirement.name for requirement in requirements if requirement.marker is None}
     assert base == BASE

@@ -48,16 +48,11 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        masks = self.masks
         return replace(
             self,
             images=self.images.pin_memory(),
             image_index=self.image_index.pin_memory(),
-            masks=Masks(
-                masks.context.pin_memory(),
-                masks.targets.pin_memory(),
-                None if masks.cu_seqlens is None else masks.cu_seqlens.pin_memory(),
-            ),
+            masks=self.masks.pin_memory(),
         )
 
 

@@ -69,8 +69,9 @@ def build_model(config: Config) -> JEPA | MAE:
 
 def build_masks(config: Config) -> MaskSampler:
     """The sampler of the objective's masks."""
-    masks, grid = config.masks, build_shape(config).grid
+    masks = config.masks
     try:
+        grid = build_shape(config).grid
         if config.objective.name == "mae":
             return RandomMasks(grid, masks.mask_ratio, config.run.seed)
         return MultiBlockMasks(

@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastjepa.config import Config, differences, parse_config
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -43,12 +45,16 @@ class Position:
         images_seen: images consumed, over all ranks.
         train_s: seconds spent training.
         dataset_images: images in the training set, whose order the position refers to.
+        micro_batch: images per rank and forward pass, on which masks of mode `truncate` depend.
+        losses: of the steps since the last log line, which the next one will average too.
     """
 
     step: int
     images_seen: int
     train_s: float
     dataset_images: int
+    micro_batch: int
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def write_checkpoint(
     final = checkpoint_path(directory, position.step)
     partial = final.with_suffix(".tmp")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in directory.glob("step_*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, named in tensors.items():
             try:
@@ -104,9 +111,10 @@ def write_checkpoint(
     return final
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Delete all checkpoints but the `count` newest."""
-    for path in list_checkpoints(directory)[count:]:
+def keep_newest(directory: Path, step: int, count: int) -> None:
+    """Delete all checkpoints but the `count` newest up to `step`; later ones are damaged and do not count."""
+    present = [path for path in list_checkpoints(directory) if _step_of(path) <= step]
+    for path in present[count:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -115,7 +123,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [p for p in directory.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
@@ -138,6 +150,9 @@ def verify_checkpoint(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        for name in (STATE, "student.safetensors"):
+            if name not in manifest:
+                raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {name}")
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
                 raise CheckpointError(f"{path / name} is damaged: it differs from the manifest")
@@ -153,19 +168,56 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is of an unknown format, or a file cannot be read.
     """
+    file = path / STATE
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads(file.read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}: use the "
                 f"fastjepa that wrote it ({state['versions'].get('fastjepa', 'unknown')})"
             )
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(path, Position(**state["position"]), state["config"], tensors)
+        position = Position(**state["position"] | {"losses": tuple(state["position"]["losses"])})
+        tensors = {}
+        for file in sorted(path.glob("*.safetensors")):
+            tensors[file.stem] = load_file(file)
+        return Checkpoint(path, position, state["config"], tensors)
     except OSError as error:
         raise CheckpointError(f"{path} is incomplete: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def check_continues(checkpoint: Checkpoint, start: Position, config: Config) -> None:
+    """See that a run would go on from `checkpoint` as if it had never stopped.
+
+    Args:
+        checkpoint: the newest good one of the run's folder.
+        start: where a fresh run of the configuration, on these images and ranks, begins.
+        config: what the run is asked to be now.
+
+    Raises:
+        CheckpointError: settings that change results differ, or the images or micro-batches do.
+    """
+    there = checkpoint.position
+    elsewhere = f"or start in another run.dir with run.init_from={checkpoint.path}"
+    changed = differences(parse_config(checkpoint.config).results_part(), config.results_part())
+    if changed:
+        listing = "".join(f"\n  {line}" for line in changed)
+        raise CheckpointError(
+            f"{checkpoint.path} is of other settings (there -> here): use those, {elsewhere}{listing}"
+        )
+    if there.dataset_images != start.dataset_images:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on a set of {there.dataset_images} images, here are "
+            f"{start.dataset_images}: the order of images would change; give data.root the same images, "
+            f"{elsewhere}"
+        )
+    if there.micro_batch != start.micro_batch and config.masks.mode == "truncate":
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on micro-batches of {there.micro_batch} images, here they have "
+            f"{start.micro_batch}, and masks.mode truncate cuts contexts to the shortest in each: set "
+            f"speed.accumulation to make them {there.micro_batch} again, {elsewhere}"
+        )
 
 
 def _fingerprint(file: Path) -> dict[str, int | str]:

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from fastjepa.engine.judge import Verdict
 
+WIDEST_VIEW = 100  # columns: numbers far apart are hard to read
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -42,8 +44,9 @@ class RunConsole:
     _live: Live | None = None
 
     def __enter__(self) -> "RunConsole":
-        if self.active and sys.stdout.isatty():
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        if self.active and sys.stdout.isatty() and not self.console.is_dumb_terminal:
+            # Drawn when there is something new: a view that redraws itself cannot be selected or copied from.
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         return self
 
@@ -68,7 +71,7 @@ class RunConsole:
     def show_verdict(self, step: int, verdict: Verdict) -> None:
         self.verdict = verdict
         self.say(
-            f"step {step:>6}  {verdict.name}: kNN {verdict.knn_top1:.3f}  linear {verdict.linear_top1:.3f}  "
+            f"step {step}  {verdict.name}: kNN {verdict.knn_top1:.3f}  linear {verdict.linear_top1:.3f}  "
             f"RankMe {verdict.rankme:.0f}"
             + ("" if verdict.target_std is None else f"  target std {verdict.target_std:.2f}")
         )
@@ -84,7 +87,8 @@ class RunConsole:
         if self._live is None:
             self.say(_line(progress))
         else:
-            self._live.update(_view(self.title, progress, self.verdict))
+            view = _view(self.title, progress, self.verdict, self.console.width)
+            self._live.update(view, refresh=True)
 
 
 def _line(p: Progress) -> str:
@@ -104,27 +108,37 @@ def _line(p: Progress) -> str:
     return "  ".join([*parts, f"{clock(p.time_left_s)} left"])
 
 
-def _view(title: str, p: Progress, verdict: Verdict | None) -> Panel:
-    table = Table.grid(padding=(0, 3))
-    for _ in range(4):
-        table.add_column(style="dim")
-        table.add_column(justify="right", min_width=9)
-    knn = "–" if verdict is None else f"{verdict.knn_top1:.3f}"
-    linear = "–" if verdict is None else f"{verdict.linear_top1:.3f}"
-    rank = "–" if verdict is None else f"{verdict.rankme:.0f}"
-    momentum = "–" if p.momentum is None else f"{p.momentum:.4f}"
-    speed = f"{p.images_per_second:,.0f}"
-    table.add_row("step", f"{p.step}/{p.steps}", "loss", f"{p.loss:.4f}", "kNN", knn, "images/s", speed)
-    table.add_row(
-        "left", clock(p.time_left_s), "grad norm", f"{p.grad_norm:.3f}", "linear", linear,
-        "data wait", f"{p.data_wait_fraction:.0%}",
-    )  # fmt: skip
-    table.add_row(
-        "momentum", momentum, "target std", f"{p.target_std:.2f}", "RankMe", rank,
-        "memory", "–" if p.memory_gib is None else f"{p.memory_gib:.1f} GiB",
-    )  # fmt: skip
+def _view(title: str, p: Progress, verdict: Verdict | None, width: int) -> Panel:
+    numbers = [("loss", f"{p.loss:.4f}"), ("grad norm", f"{p.grad_norm:.3f}")]
+    if p.momentum is not None:
+        numbers.append(("momentum", f"{p.momentum:.4f}"))
+    numbers += [
+        ("images/s", f"{p.images_per_second:,.0f}"),
+        ("data wait", f"{p.data_wait_fraction:.0%}"),
+        ("target std", f"{p.target_std:.2f}"),
+        ("token rank", f"{p.token_rankme:.0f}"),
+    ]
+    if p.memory_gib is not None:
+        numbers.append(("memory", f"{p.memory_gib:.1f} GiB"))
+    if verdict is not None:
+        numbers += [("kNN", f"{verdict.knn_top1:.3f}"), ("linear", f"{verdict.linear_top1:.3f}")]
+        numbers.append(("RankMe", f"{verdict.rankme:.0f}"))
+
+    inside = min(width, WIDEST_VIEW) - 4  # of the frame and its padding
+    columns = max(1, inside // 24)  # "target std", a number of up to 9 characters, and space around them
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for _ in range(columns):
+        table.add_column(style="dim", no_wrap=True, min_width=10)
+        table.add_column(justify="right", no_wrap=True, min_width=8)
+    for first in range(0, len(numbers), columns):
+        table.add_row(*(cell for pair in numbers[first : first + columns] for cell in pair))
+
+    where = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    where.add_column(ratio=1)
+    where.add_column(justify="right", no_wrap=True)
     bar = ProgressBar(total=p.steps, completed=p.step)
-    return Panel(Group(bar, table), title=title, border_style="dim", padding=(0, 1))
+    where.add_row(bar, f"step {p.step}/{p.steps}, {clock(p.time_left_s)} left")
+    return Panel(Group(where, table), title=title, border_style="dim", padding=(0, 1), width=inside + 4)
 
 
 def clock(seconds: float) -> str:
@@ -135,7 +149,7 @@ def clock(seconds: float) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, float | str]]) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("features")
     for heading in ("kNN", "linear", "RankMe", "target std"):
         table.add_column(heading, justify="right")

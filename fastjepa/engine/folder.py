@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class RunFolder:
 
     def _check_same_run(self, config: Config) -> None:
         try:
-            before = parse_config(yaml.safe_load(self.config.read_text()))
+            before = parse_config(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config} cannot be read: {error}; choose another run.dir") from error
         changed = differences(before.results_part(), config.results_part())
@@ -101,11 +102,15 @@ class RunFolder:
             tensors |= {"context_flat": masks.context, "cu_seqlens": masks.cu_seqlens}
         file = directory / f"step_{step:08d}.safetensors"
         partial = file.with_suffix(".tmp")
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"grid": f"{grid[0]},{grid[1]}", "step": str(step)},
-        )
+        try:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                partial,
+                metadata={"grid": f"{grid[0]},{grid[1]}", "step": str(step)},
+            )
+        except SafetensorError as error:  # how safetensors reports a full disk
+            partial.unlink(missing_ok=True)
+            raise OSError(f"writing {file}: {error}") from error
         os.replace(partial, file)
 
 
@@ -117,8 +122,11 @@ def folder_of(config: Config) -> RunFolder:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def versions() -> Mapping[str, str]:

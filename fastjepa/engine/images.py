@@ -38,12 +38,12 @@ def open_images(config: Config) -> RunImages:
         if data.name == "fashion_mnist":
             train = FashionMNIST(data.root, "train")
             held_out = None if data.hold_out else FashionMNIST(data.root, "test")
-            note = f"{0 if held_out is None else len(held_out):,} test images"
+            kind = "test images"
         else:
             assert data.root is not None  # the configuration was checked
             train = ImageFolder(data.root, data.channels)
             held_out = ImageFolder(data.probe_root, data.channels) if data.probe_root else None
-            note = f"the images of {data.probe_root}"
+            kind = f"images of {data.probe_root}"
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     if train.channels != data.channels:
@@ -59,7 +59,7 @@ def open_images(config: Config) -> RunImages:
         rest = torch.ones(len(train), dtype=torch.bool)
         rest[chosen] = False
         train, held_out = Subset(train, rest.nonzero()[:, 0]), Subset(train, chosen)
-        note = f"{data.hold_out:,} training images, held out"
+        kind = "training images, held out"
 
     if held_out is None:
         return RunImages(train, None, None, "no probe: set data.probe_root or data.hold_out to judge")
@@ -69,7 +69,8 @@ def open_images(config: Config) -> RunImages:
         raise ConfigError(
             f"data.probe_root has other classes than data.root: {_some(held_out)} instead of {_some(train)}"
         )
-    return RunImages(train, train, held_out, f"judged on {note}")
+    count = min(len(held_out), config.probe.final_queries)
+    return RunImages(train, train, held_out, f"judged on {count:,} {kind}")
 
 
 def _some(images: ImageSet) -> str:

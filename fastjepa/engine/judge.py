@@ -1,5 +1,6 @@
 """Judgement while training: kNN and a linear probe on held-out labels, beside honest baselines."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,14 +10,16 @@ from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.data.views import ImageSet
 from fastjepa.engine.images import RunImages
+from fastjepa.engine.recorder import NonFinite
 from fastjepa.evaluation.collapse import between_image_std, rankme, token_std
-from fastjepa.evaluation.features import pixel_features, pool_features
+from fastjepa.evaluation.features import pixel_features, pool_features, standardise
 from fastjepa.evaluation.knn import knn_accuracy
 from fastjepa.evaluation.linear import linear_accuracy
 from fastjepa.models import VisionTransformer
 
 BATCH = 256  # images per forward pass of an evaluation
 STD_IMAGES = 1024  # enough tokens for their standard deviation
+PIXEL_SIZE = 32  # of raw pixels as features: at 224 x 224 x 3 a linear probe would have 150,000 inputs
 RAW_PIXELS, UNTRAINED = "raw pixels", "untrained encoder"
 
 
@@ -48,6 +51,7 @@ class Judge:
         queries: labelled images it is judged on.
         probe: how many images, how many neighbours.
         size: pixels of the view.
+        workers: processes that read images; 0 reads here.
         device: where encoders run.
         seed: of the split on which the linear probe's regularisation is chosen.
     """
@@ -56,6 +60,7 @@ class Judge:
     queries: ImageSet
     probe: ProbeConfig
     size: int
+    workers: int
     device: torch.device
     seed: int
 
@@ -64,15 +69,23 @@ class Judge:
         """The judge of a run; None if it has no labelled images."""
         if images.bank is None or images.queries is None:
             return None
-        return cls(images.bank, images.queries, config.probe, config.data.image_size, device, config.run.seed)
+        return cls(
+            images.bank,
+            images.queries,
+            config.probe,
+            config.data.image_size,
+            config.speed.workers,
+            device,
+            config.run.seed,
+        )
 
     def pixels(self) -> Verdict:
-        """Judge the raw pixels."""
-        probe = self.probe
+        """Judge the raw pixels, of views no larger than 32 x 32."""
+        probe, size = self.probe, min(self.size, PIXEL_SIZE)
         return self._judge(
             RAW_PIXELS,
-            pixel_features(evaluation_batches(self.bank, self.size, BATCH, limit=probe.final_bank)),
-            pixel_features(evaluation_batches(self.queries, self.size, BATCH, limit=probe.final_queries)),
+            pixel_features(self._batches(self.bank, probe.final_bank, size)),
+            pixel_features(self._batches(self.queries, probe.final_queries, size)),
         )
 
     def encoder(self, name: str, encoder: VisionTransformer, quick: bool = False) -> Verdict:
@@ -86,15 +99,18 @@ class Judge:
         def tokens(images: Tensor, final_norm: bool = True) -> Tensor:
             return encoder(images.to(self.device), final_norm=final_norm)[:, first:]  # [B, N, D]
 
-        bank_batches = evaluation_batches(self.bank, self.size, BATCH, limit=bank)
-        query_batches = evaluation_batches(self.queries, self.size, BATCH, limit=queries)
-        few = evaluation_batches(self.queries, self.size, BATCH, limit=min(queries, STD_IMAGES))
+        few = self._batches(self.queries, min(queries, STD_IMAGES))
         return self._judge(
             name,
-            pool_features(tokens, bank_batches, self.device),
-            pool_features(tokens, query_batches, self.device),
+            pool_features(tokens, self._batches(self.bank, bank), self.device),
+            pool_features(tokens, self._batches(self.queries, queries), self.device),
             torch.cat([tokens(images, final_norm=False) for images, _ in few]),
         )
+
+    def _batches(
+        self, images: ImageSet, limit: int, size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return evaluation_batches(images, size or self.size, BATCH, limit=limit, workers=self.workers)
 
     def _judge(
         self,
@@ -103,9 +119,14 @@ class Judge:
         queries: tuple[Tensor, Tensor],
         hidden: Tensor | None = None,
     ) -> Verdict:
+        if not (bank[0].isfinite().all() and queries[0].isfinite().all()):
+            raise NonFinite(f"the features of the {name} are not finite: the run has diverged")
+        # Neighbours are sought among the features that the linear probe sees. Unstandardised, what all images
+        # have in common drowns what tells them apart, for raw pixels (by 2 to 3 points) most of all.
+        near, asked = standardise(bank[0], queries[0])
         return Verdict(
             name,
-            knn_top1=knn_accuracy(*bank, *queries, k=self.probe.neighbours),
+            knn_top1=knn_accuracy(near, bank[1], asked, queries[1], k=min(self.probe.neighbours, len(near))),
             linear_top1=linear_accuracy(*bank, *queries, seed=self.seed).accuracy,
             rankme=float(rankme(queries[0])),
             target_std=None if hidden is None else float(token_std(hidden)),

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -86,11 +86,11 @@ def join_world(device: str) -> World:
         torch.cuda.set_device(where)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     deepspeed.init_distributed(
         dist_backend="nccl" if on_cuda else "gloo", timeout=HOST_TIMEOUT, verbose=False
     )
-    hosts = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if on_cuda else dist.group.WORLD
+    hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
     return World(dist.get_rank(), dist.get_world_size(), where, hosts)
 
 

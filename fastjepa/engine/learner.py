@@ -57,7 +57,9 @@ class Learner:
             self._note_gradients()
             self.engine.step()
             steps.append(out)
-        self.grad_norm = self.engine.get_global_grad_norm() or self.grad_norm
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            self.grad_norm = norm
         # DeepSpeed may have skipped the update; the target must then stand still too.
         if self.target is not None and self.engine.was_step_applied():
             self.target.update(rates.momentum)

@@ -27,17 +27,13 @@ class Interval:
     """What happened between two log lines.
 
     Attributes:
-        steps: optimizer steps.
-        loss: their mean, over ranks too.
-        bad_step: the first whose loss is not finite, or None.
+        steps: optimizer steps, in this process.
         signs: of collapse, on this rank's last micro-batch.
         prediction_rankme: effective rank of its predictions.
         context_tokens, target_tokens: mean per image, of that micro-batch.
     """
 
     steps: int
-    loss: float
-    bad_step: int | None
     signs: CollapseSigns
     prediction_rankme: float
     context_tokens: float
@@ -46,22 +42,30 @@ class Interval:
 
 @dataclass
 class Recorder:
-    """Collects losses, and remembers the last forward pass."""
+    """Collects losses, and remembers the last forward pass.
+
+    Attributes:
+        earlier: losses that the run had collected where it was resumed.
+    """
 
     world: World
+    earlier: tuple[float, ...] = ()
     _losses: list[Tensor] = field(default_factory=list)
-    _first_step: int = 0
     _last: tuple[Step, Masks] | None = None
 
-    def add(self, step: int, outs: list[Step], masks: Masks) -> None:
-        """Note what the micro-batches of optimizer step `step` gave; `masks` are those of one."""
-        if not self._losses:
-            self._first_step = step
+    def add(self, outs: list[Step], masks: Masks) -> None:
+        """Note what the micro-batches of an optimizer step gave; `masks` are those of one."""
         self._losses.append(torch.stack([out.loss.detach() for out in outs]).mean())
         self._last = outs[-1], masks
 
+    def losses(self) -> tuple[float, ...]:
+        """Of the steps since the last `read`, means over ranks (every rank must call this)."""
+        if not self._losses:
+            return self.earlier
+        return (*self.earlier, *self.world.mean(torch.stack(self._losses)).tolist())
+
     def read(self) -> Interval:
-        """All that was noted since the last call (every rank must call this)."""
+        """What the last step shows, and begin a new interval."""
         assert self._last is not None, "read after at least one step"
         step, masks = self._last
         tokens = step.hidden.flatten(0, 1)[:RANK_TOKENS]  # [B N, D]
@@ -75,15 +79,12 @@ class Recorder:
                 rankme(predicted).double(),
             ]
         )
-        losses = self.world.mean(torch.stack(self._losses))  # [steps]
-        self._losses = []
-        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         *signs, prediction_rankme = measures.tolist()
         images = masks.targets.shape[1]
+        steps = len(self._losses)
+        self.earlier, self._losses = (), []
         return Interval(
-            steps=len(losses),
-            loss=float(losses.mean()),
-            bad_step=self._first_step + bad[0] if bad else None,
+            steps=steps,
             signs=CollapseSigns(*signs),
             prediction_rankme=prediction_rankme,
             context_tokens=masks.context.numel() / images,

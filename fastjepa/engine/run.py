@@ -1,6 +1,10 @@
 """Everything around the training loop of one run: its folder, checkpoints, log lines and judgement."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -8,10 +12,13 @@ import torch
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.data.order import GlobalOrder
+from fastjepa.data.transforms import Augmentation
 from fastjepa.data.views import read_views
+from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoint import (
     CheckpointError,
     Position,
+    check_continues,
     checkpoint_path,
     keep_newest,
     load_checkpoint,
@@ -31,7 +38,7 @@ from fastjepa.engine.schedules import Rates, Schedule
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
-from fastjepa.objectives import JEPA, MAE, Step
+from fastjepa.objectives import Step
 
 SNAPSHOT_IMAGES = 8
 
@@ -51,6 +58,7 @@ class Run:
     console: RunConsole
     images: RunImages
     masks: MaskSampler
+    augmentation: Augmentation
     order: GlobalOrder
     schedule: Schedule
     clock: StepClock = field(default_factory=StepClock)
@@ -58,19 +66,22 @@ class Run:
     _collapsing: bool = False
 
     def __post_init__(self) -> None:
-        self.position = Position(0, 0, 0.0, len(self.images.train))
+        micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
+        self.position = Position(0, 0, 0.0, len(self.images.train), micro_batch)
         self.recorder = Recorder(self.world)
         self.metrics = MetricsFile(self.folder.metrics)
         self.judge = Judge.of(self.images, self.config, self.world.device)
 
-    def judge_baselines(self, model: JEPA | MAE) -> None:
+    def judge_baselines(self) -> None:
         """Judge raw pixels and the untrained encoder, and picture its features: once in a run."""
-        if not self.world.is_main:
-            return
+        self.world.on_main(self._judge_baselines)
+
+    def _judge_baselines(self) -> None:
         self.summary = self.folder.read_summary()
         if self.summary:
             return
-        encoder = (model.target_encoder if isinstance(model, JEPA) else model.encoder).to(self.world.device)
+        model = build_model(self.config)
+        encoder = model.encoder.to(self.world.device)
         self.console.say(self.images.note)
         self.summary = self._description()
         if self.judge is not None:
@@ -79,55 +90,58 @@ class Run:
                 self.console.show_verdict(0, verdict)
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
         self._snapshot(encoder)
-        self.folder.write_summary(self.summary)
+        self._write_summary()
 
     def resume(self, learner: Learner) -> None:
-        """Take up the newest good checkpoint of the folder, if there is one."""
-        found, damaged = self.world.on_main(lambda: newest_good(self.folder.checkpoints)) or (None, [])
+        """Take up the newest good checkpoint of the folder, if there is one.
+
+        Raises:
+            CheckpointError: no checkpoint of several is good, or the newest good one is of another run.
+        """
+        found, damaged = self.world.on_main(self._newest_good) or (None, [])
         for line in damaged:
             self.console.warn(f"{line}; taking the one before it")
         step = self.world.worst(-1 if found is None else int(found.name.removeprefix("step_")))
-        if step < 0:
-            if damaged:
-                raise CheckpointError(
-                    f"no checkpoint in {self.folder.checkpoints} can be used; repair one, or delete them to "
-                    "start over"
-                )
-            return
-        checkpoint = load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
-        before, now = checkpoint.position.dataset_images, self.position.dataset_images
-        if before != now:
+        if step >= 0:
+            checkpoint = load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
+            check_continues(checkpoint, self.position, self.config)
+            tensors = checkpoint.tensors
+            learner.load(tensors["student"], tensors.get("target"), tensors, step)
+            self.recorder.earlier = checkpoint.position.losses
+            self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()})
+            self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
+        self.world.on_main(lambda: self.metrics.cut_after(self.position.step))
+
+    def _newest_good(self) -> tuple[Path | None, list[str]]:
+        found, damaged = newest_good(self.folder.checkpoints)
+        if damaged and found is None:
+            listing = "".join(f"\n  {line}" for line in damaged)
             raise CheckpointError(
-                f"{checkpoint.path} was trained on a set of {before} images, here are {now}: the order of "
-                "images would change; give data.root the same images, or start in another run.dir with "
-                f"run.init_from={checkpoint.path}"
+                f"no checkpoint in {self.folder.checkpoints} can be used; repair one, or delete them to "
+                f"start over:{listing}"
             )
-        tensors = checkpoint.tensors
-        learner.load(tensors["student"], tensors.get("target"), tensors, step)
-        self.position = checkpoint.position
-        if self.world.is_main:
-            self.metrics.cut_after(step)
-        self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
+        return found, damaged
 
     def save(self, learner: Learner) -> bool:
         """Write a checkpoint of the present position; False, with a warning, if that failed.
 
         Raises:
-            NonFinite: the weights are not finite: such a checkpoint would be of no use.
+            NonFinite: the weights, or losses that led to them, are not finite: it would be of no use.
         """
+        position = replace(self.position, losses=self._finite_losses())
         if self.world.worst(int(not learner.is_finite())):
-            raise NonFinite(f"the weights are not finite after step {self.position.step}. {self.last_good()}")
+            raise NonFinite(f"the weights are not finite after step {position.step}. {self.last_good()}")
         tensors = learner.gather()
         saved = True
         if self.world.is_main:
             try:
                 write_checkpoint(
-                    self.folder.checkpoints, self.position, self.config.to_dict(), tensors, versions()
+                    self.folder.checkpoints, position, self.config.to_dict(), tensors, versions()
                 )
-                keep_newest(self.folder.checkpoints, self.config.run.keep_last)
+                keep_newest(self.folder.checkpoints, position.step, self.config.run.keep_last)
             except OSError as error:
                 saved = False
-                self.console.warn(f"checkpoint not written: {error}. {self.last_good()} Training goes on.")
+                self.console.warn(f"checkpoint not written: {error}. {self.last_good()}")
         return not self.world.worst(int(not saved))
 
     def last_good(self) -> str:
@@ -137,7 +151,7 @@ class Run:
 
     def advance(self, outs: list[Step], batch: Batch) -> None:
         """Note one optimizer step, done on micro-batches like `batch`."""
-        self.recorder.add(self.position.step, outs, batch.masks)
+        self.recorder.add(outs, batch.masks)
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
@@ -148,16 +162,15 @@ class Run:
         Raises:
             NonFinite: a loss was not; the message names the step and its images.
         """
+        losses = self._finite_losses()
         interval = self.recorder.read()
-        if interval.bad_step is not None:
-            raise NonFinite(self._explain(interval.bad_step))
         lap = self.clock.lap()
         self.position = replace(self.position, train_s=self.position.train_s + lap.train_s)
-        row: dict[str, float | int | str] = {
+        row: dict[str, float | int] = {
             "step": self.position.step,
             "epoch": self.position.images_seen / self.position.dataset_images,
             "images": self.position.images_seen,
-            "loss": interval.loss,
+            "loss": fmean(losses),
             "lr": rates.lr,
             "weight_decay": rates.weight_decay,
             "grad_norm": float(learner.grad_norm),
@@ -167,7 +180,7 @@ class Run:
             "target_tokens": interval.target_tokens,
             "target_std": interval.signs.target_std,
             "between_image_std": interval.signs.between_image_std,
-            "token_rankme": interval.signs.rankme,
+            "token_rankme": interval.signs.token_rankme,
             "prediction_std": interval.signs.prediction_std,
             "prediction_rankme": interval.prediction_rankme,
             "elapsed_s": self.position.train_s,
@@ -181,17 +194,26 @@ class Run:
         self.console.show_progress(self._progress(row))
 
     def judge_now(self, learner: Learner) -> None:
-        """Probe on a part of the labelled images."""
-        if self.judge is None or not self.world.is_main:
+        """Probe on a part of the labelled images.
+
+        Raises:
+            NonFinite: there is nothing to judge any more.
+        """
+        self._finite_losses()
+        self.world.on_main(lambda: self._judge_now(learner))
+
+    def _judge_now(self, learner: Learner) -> None:
+        if self.judge is None:
             return
         verdict = self.judge.encoder("so far", learner.judged_encoder, quick=True)
-        self._write({"step": self.position.step, "images": self.position.images_seen} | verdict.as_metrics())
+        self._write_verdict(verdict)
         self.console.show_verdict(self.position.step, verdict)
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
-        if not self.world.is_main:
-            return
+        self.world.on_main(lambda: self._conclude(learner))
+
+    def _conclude(self, learner: Learner) -> None:
         verdicts: list[Verdict] = []
         if self.judge is not None:
             if learner.target is None:
@@ -201,41 +223,63 @@ class Run:
                     self.judge.encoder("trained target encoder", learner.judged_encoder),
                     self.judge.encoder("trained context encoder", learner.model.encoder),
                 ]
-            self._write(
-                {"step": self.position.step, "images": self.position.images_seen} | verdicts[0].as_metrics()
-            )
+            self._write_verdict(verdicts[0])
         names = {verdict.name for verdict in verdicts}
         kept = [row for row in self.summary.get("probe", []) if row["name"] not in names]
         self.summary |= self._description()
         self.summary["probe"] = kept + [verdict.as_row() for verdict in verdicts]
         self._snapshot(learner.judged_encoder)
-        self.folder.write_summary(self.summary)
+        self._write_summary()
         if verdicts:
             self.console.show_table(self.summary["probe"])
 
-    def _write(self, row: dict[str, float | int | str]) -> None:
-        failure = self.metrics.append(row)
+    def _write_verdict(self, verdict: Verdict) -> None:
+        position = {"step": self.position.step, "images": self.position.images_seen}
+        self._write({**position, **verdict.as_metrics()})
+
+    def _write(self, row: Mapping[str, float | int | str]) -> None:
+        failure = self.metrics.write(row)
         if failure is not None:
             self.console.warn(failure)
+
+    def _write_summary(self) -> None:
+        try:
+            self.folder.write_summary(self.summary)
+        except OSError as error:
+            self._report_lacks(error)
+
+    def _report_lacks(self, error: OSError) -> None:
+        """A full disk costs a part of the report, not the run."""
+        self.console.warn(f"a part of the report is missing, as it could not be written: {error}")
 
     def _watch(self, signs: CollapseSigns) -> None:
         """Warn of collapse when it begins to show, not at every line after."""
         start = self.summary.get("signs_at_start")
         if start is None:
             self.summary["signs_at_start"] = asdict(signs)
-            self.folder.write_summary(self.summary)
+            self._write_summary()
             return
         warning = collapse_warning(signs, CollapseSigns(**start))
         if warning is not None and not self._collapsing:
             self.console.warn(f"step {self.position.step}: {warning}")
         self._collapsing = warning is not None
 
-    def _explain(self, step: int) -> str:
+    def _finite_losses(self) -> tuple[float, ...]:
+        """Those since the last log line.
+
+        Raises:
+            NonFinite: one of them is not; the message names the step, counted from 1, and its images.
+        """
+        losses = self.recorder.losses()
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is None:
+            return losses
+        step = self.position.step - len(losses) + bad
         _, index = self.order.batch(step)
         named = ", ".join(self.images.train.path(i) for i in index[:4].tolist())
         more = f" and {len(index) - 4} more" if len(index) > 4 else ""
-        return (
-            f"the loss is not finite at step {step}, on the images {named}{more}. {self.last_good()} "
+        raise NonFinite(
+            f"the loss is not finite at step {step + 1}, on the images {named}{more}. {self.last_good()} "
             "A lower optim.lr, a longer warm-up or optim.clip_grad may help."
         )
 
@@ -279,4 +323,7 @@ class Run:
         views = read_views(shown, index.tolist(), self.config.data.image_size)
         features = encoder(views.pixels.to(self.world.device))[:, int(encoder.shape.class_token) :]
         masks = self.masks.sample(views.image_index, epoch=0, step=self.position.step)
-        self.folder.write_snapshot(self.position.step, encoder.shape.grid, views.pixels, features, masks)
+        try:
+            self.folder.write_snapshot(self.position.step, encoder.shape.grid, views.pixels, features, masks)
+        except OSError as error:
+            self._report_lacks(error)

@@ -33,7 +33,9 @@ class Schedule:
     final_momentum: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_steps <= self.steps or self.steps < 1:
+        if self.steps < 1:
+            raise ValueError("this is less than one optimizer step; raise optim.epochs, or give optim.steps")
+        if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warm-up must fit into the run: {self.warmup_steps} of {self.steps} steps; "
                 "lower optim.warmup_epochs or train for longer"

@@ -8,7 +8,7 @@ from fastjepa.evaluation.collapse import (
     rankme,
     token_std,
 )
-from fastjepa.evaluation.features import pixel_features, pool_features
+from fastjepa.evaluation.features import pixel_features, pool_features, standardise
 from fastjepa.evaluation.knn import knn_accuracy
 from fastjepa.evaluation.linear import LinearProbe, fit_linear, linear_accuracy
 from fastjepa.evaluation.pictures import patch_pca
@@ -26,5 +26,6 @@ __all__ = [
     "pool_features",
     "prediction_std",
     "rankme",
+    "standardise",
     "token_std",
 ]

@@ -35,7 +35,7 @@ class CollapseSigns:
 
     target_std: float  # `token_std`
     between_image_std: float
-    rankme: float  # of all tokens
+    token_rankme: float  # `rankme` of all tokens
     prediction_std: float  # `prediction_std`
 
 
@@ -59,9 +59,9 @@ def collapse_warning(signs: CollapseSigns, start: CollapseSigns) -> str | None:
             f"{start.between_image_std:.3f} at the start) though tokens differ (target_std "
             f"{signs.target_std:.3f}): they tell their place and not what they show"
         )
-    if signs.rankme < RANKME_FALL * start.rankme:
+    if signs.token_rankme < RANKME_FALL * start.token_rankme:
         return (
-            f"the target uses few dimensions (rankme {signs.rankme:.1f}, {start.rankme:.1f} at the start): "
+            f"the target uses few dimensions (token_rankme {signs.token_rankme:.1f}, {start.token_rankme:.1f} at the start): "
             "dimensional collapse, though every token may still differ"
         )
     if signs.prediction_std < PREDICTION_STD_LOW * signs.target_std:

@@ -59,3 +59,17 @@ def pixel_features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     if not features:
         raise ValueError("there is no batch to take pixels of: the set is empty")
     return torch.cat(features), torch.cat(labels)
+
+
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the mean of the training rows taken off and divided by their deviation, per dimension.
+
+    Args:
+        train: [n, D].
+        test: [m, D].
+    """
+    deviation, mean = torch.std_mean(train, dim=0)  # [D] each
+    # A column constant up to rounding (a border pixel, a collapsed dimension) tells nothing;
+    # divided by its own deviation it would come back as noise of full size.
+    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
+    return (train - mean) / scale, (test - mean) / scale

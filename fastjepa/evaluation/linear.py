@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjepa.evaluation.features import standardise
+
 # Strong to weak, so that each solution is a good start for the next. Between two decades the
 # accuracy moves by 0.3 points or less.
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -38,7 +40,7 @@ class LinearClassifier:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """The fraction of rows of `features` [n, D] whose largest logit is that of their label."""
         logits = torch.addmm(self.bias, features, self.weight.T)  # [n, classes]
-        return (logits.argmax(dim=1) == labels).float().mean().item()
+        return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 def fit_linear(
@@ -52,6 +54,9 @@ def fit_linear(
         l2: strength on the weights (not the bias), at least 0; scikit-learn's C is 1 / (l2 * n).
         classes: how many there are, even if some have no row.
         start: where to begin; zeros when None.
+
+    Returns:
+        The classifier, for features standardised in the same way.
     """
     weight = features.new_zeros(classes, features.shape[1]) if start is None else start.weight.clone()
     bias = features.new_zeros(classes) if start is None else start.bias.clone()
@@ -96,7 +101,7 @@ def linear_accuracy(
     """
     _check_rows("training", train, train_labels, at_least=5)
     _check_rows("test", test, test_labels, at_least=1)
-    train, test = _standardise(train.float(), test.float())
+    train, test = standardise(train.float(), test.float())
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     held_out, fitted = order.tensor_split([int(len(train) * _VALIDATION_PART)])
@@ -110,14 +115,6 @@ def linear_accuracy(
             best_accuracy, best_l2, best = accuracy, l2, classifier
     refitted = fit_linear(train, train_labels, best_l2, classes, start=best)
     return LinearProbe(accuracy=refitted.accuracy(test, test_labels), l2=best_l2)
-
-
-def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    deviation, mean = torch.std_mean(train, dim=0)  # [D] each
-    # A column constant up to rounding (a border pixel, a collapsed dimension) tells nothing;
-    # divided by its own deviation it would come back as noise of full size.
-    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
-    return (train - mean) / scale, (test - mean) / scale
 
 
 def _check_rows(name: str, features: Tensor, labels: Tensor, at_least: int) -> None:

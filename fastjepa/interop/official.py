@@ -51,6 +51,8 @@ def load_official(
 def save_official(model: JEPA | MAE, path: str | os.PathLike[str]) -> None:
     """Write `model` in the published layout, in fp32; what was loaded comes back bit by bit.
 
+    A file of that name is replaced whole or, if writing fails, not at all.
+
     An I-JEPA file also gets the optimizer state, epoch and so on that the model was loaded with, or fresh
     ones that the published loader accepts.
     """
@@ -64,26 +66,33 @@ def save_official(model: JEPA | MAE, path: str | os.PathLike[str]) -> None:
             name: _fp32(getattr(model, name).state_dict(), prefix=PREFIX)
             for name in ("encoder", "predictor", "target_encoder")
         }
-        content |= model.published_extras or fresh_extras(model)
+        content |= fresh_extras(model) | (model.published_extras or {})
     target = Path(path)
     partial = target.with_name(target.name + ".tmp")
     try:
-        torch.save(content, partial)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _fp32(state: Mapping[str, Tensor], prefix: str = "") -> State:
-    return {prefix + name: tensor.detach().cpu().float().contiguous() for name, tensor in state.items()}
+    # Copies: a weight may be a view of a flat buffer, and all of that buffer would be written.
+    return {
+        prefix + name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
 
 
 def _build_jepa(states: Mapping[str, State], heads: int | None, predictor_heads: int | None) -> JEPA:
     encoder = states["encoder"]
     shape = _encoder_shape(encoder, heads)
     predictor = states["predictor"]
-    width = _tensor(predictor, "predictor_embed.weight").shape[0]
-    chosen = predictor_heads or shape.heads
+    width = _tensor(predictor, "predictor_embed.weight", 2).shape[0]
+    chosen = shape.heads if predictor_heads is None else predictor_heads
     _check_heads("predictor_heads", width, chosen)
     jepa = JEPA(
         _encoder(shape),
@@ -102,8 +111,8 @@ def _build_mae(state: State, heads: int | None, decoder_heads: int | None) -> MA
     load_strict(encoder, encoder_state, "model")
     if not decoder_state:
         return MAE(encoder, None)
-    width = _tensor(decoder_state, "decoder_embed.weight").shape[0]
-    chosen = decoder_heads or DECODER_HEADS_OF_WIDTH.get(width)
+    width = _tensor(decoder_state, "decoder_embed.weight", 2).shape[0]
+    chosen = DECODER_HEADS_OF_WIDTH.get(width) if decoder_heads is None else decoder_heads
     if chosen is None:
         raise ValueError(f"the heads of a decoder of width {width} are not known: give decoder_heads=")
     _check_heads("decoder_heads", width, chosen)
@@ -119,24 +128,23 @@ def _encoder(shape: ViTShape) -> VisionTransformer:
 
 
 def _encoder_shape(state: State, heads: int | None) -> ViTShape:
-    embedding = _tensor(state, "patch_embed.proj.weight")  # [D, C, p, p]
-    width, channels, patch_size, _ = embedding.shape
+    width, channels, patch_size, _ = _tensor(state, "patch_embed.proj.weight", 4).shape  # [D, C, p, p]
     if heads is None and width not in HEADS_OF_WIDTH:
         known = ", ".join(f"{w} ({h} heads)" for w, h in HEADS_OF_WIDTH.items())
         raise ValueError(
             f"the heads of an encoder of width {width} are not known: give heads=. Known: {known}"
         )
-    chosen = heads or HEADS_OF_WIDTH[width]
+    chosen = HEADS_OF_WIDTH[width] if heads is None else heads
     _check_heads("heads", width, chosen)
     class_token = "cls_token" in state
-    rows, columns = _grid(_tensor(state, "pos_embed"), class_token)
+    rows, columns = _grid(_tensor(state, "pos_embed", 3), class_token)
     return ViTShape(
         image_size=(rows * patch_size, columns * patch_size),
         patch_size=patch_size,
         width=width,
         depth=_depth(state, "blocks."),
         heads=chosen,
-        mlp_ratio=_tensor(state, "blocks.0.mlp.fc1.weight").shape[0] / width,
+        mlp_ratio=_tensor(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width,
         channels=channels,
         class_token=class_token,
     )
@@ -146,13 +154,13 @@ def _grid(positions: Tensor, class_token: bool) -> tuple[int, int]:
     """The grid that the position table [1, N, D] is of: square, unless its values say otherwise."""
     patches = positions.shape[1] - class_token
     side = math.isqrt(patches)
+    grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
+    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
+        table = sincos_2d(grid, positions.shape[2], class_token)
+        if table.shape == positions.shape and torch.allclose(table, positions.float(), atol=1e-4):
+            return grid
     if side * side == patches:
         return side, side
-    for rows in range(1, patches + 1):
-        if patches % rows == 0:
-            grid = rows, patches // rows
-            if torch.allclose(sincos_2d(grid, positions.shape[2], class_token), positions.float(), atol=1e-4):
-                return grid
     raise ValueError(
         f"pos_embed has {patches} patches, which is no square and no sine-cosine table of a grid"
     )
@@ -162,16 +170,18 @@ def _depth(state: State, prefix: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(prefix)})
 
 
-def _tensor(state: State, name: str) -> Tensor:
+def _tensor(state: State, name: str, dimensions: int) -> Tensor:
     if name not in state:
         raise ValueError(
             f"tensor {name} is missing: this is no I-JEPA or MAE checkpoint, or an incomplete one"
         )
+    if state[name].ndim != dimensions:
+        raise ValueError(f"tensor {name} is {list(state[name].shape)} and should have {dimensions} dimensions")
     return state[name]
 
 
 def _check_heads(name: str, width: int, heads: int) -> None:
-    if width % heads or (width // heads) % 8:
+    if heads < 1 or width % heads or (width // heads) % 8:
         allowed = [h for h in range(1, width // 8 + 1) if width % h == 0 and width // h % 8 == 0]
         raise ValueError(f"{name} is {heads}, which does not fit a width of {width}; allowed: {allowed}")
 

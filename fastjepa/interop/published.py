@@ -1,7 +1,7 @@
 """Reading the published files, and what else is in them besides weights."""
 
 import argparse
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,15 @@ def read_published(path: Path) -> Published:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path} is no checkpoint of tensors; nothing else is loaded, because it could run code: {first_line}"
-        ) from error
+    except Exception as error:  # on a damaged file torch fails in any way there is, with IndexError too
+        # torch's own message advises to load without protection; only the name it gives is of use.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds a Python object, {found[1]}, which could run code; only tensors and plain values are read"
+            if found
+            else "it is damaged, or was not written by torch.save"
+        )
+        raise ValueError(f"{path} was not loaded: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of state dicts")
     wanted = NETWORKS if all(name in content for name in NETWORKS) else ("model",)
@@ -60,7 +64,9 @@ def read_published(path: Path) -> Published:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
 
 def fresh_extras(model: JEPA) -> dict[str, Any]:

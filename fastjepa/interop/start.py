@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from fastjepa.config import ConfigError
+from fastjepa.config import ConfigError, parse_config
+from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoint import (
     STATE,
+    Checkpoint,
     CheckpointError,
     load_checkpoint,
     newest_good,
@@ -25,39 +27,61 @@ def load_initial_weights(model: JEPA | MAE, source: str) -> None:
     """
     path = Path(source)
     try:
-        states = _from_directory(path) if path.is_dir() else _from_file(path)
-        wanted = (
-            ["encoder", "predictor", "target_encoder"] if isinstance(model, JEPA) else ["encoder", "decoder"]
-        )
-        missing = [name for name in wanted if name not in states]
-        if missing:
-            raise ValueError(f"it has no {' and no '.join(missing)}: was it trained with another objective?")
-        for name in wanted:
-            network = getattr(model, name)
-            # Position tables are computed; our own checkpoints do not hold them.
-            tables = dict(network.named_buffers())
-            load_strict(network, tables | states[name], name)
+        states = _states_of(load_checkpoint(find_checkpoint(path))) if path.is_dir() else _from_file(path)
+        _load(model, states)
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"run.init_from {source}: {error}") from error
 
 
-def _from_directory(path: Path) -> dict[str, State]:
+def load_trained(source: Path) -> tuple[JEPA | MAE, Path]:
+    """The model of a checkpoint directory or of a run folder, in fp32 on the CPU, and the checkpoint's path.
+
+    Raises:
+        CheckpointError: there is no good checkpoint there.
+        ConfigError: its configuration is of a version that this one does not understand.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(source))
+    model = build_model(parse_config(checkpoint.config))
+    _load(model, _states_of(checkpoint))
+    return model, checkpoint.path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint directory itself, verified, or the newest good one of a run folder.
+
+    Raises:
+        CheckpointError: it is damaged, or there is none.
+    """
     if (path / STATE).exists():
         verify_checkpoint(path)
-        found = path
-    else:
-        newest, damaged = newest_good(path / "checkpoints")
-        if newest is None:
-            raise ValueError("; ".join(damaged) or "there is no checkpoint in this directory")
-        found = newest
-    tensors = load_checkpoint(found).tensors
+        return path
+    newest, damaged = newest_good(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError("; ".join(damaged) or f"{path} is no checkpoint, and no run folder with one")
+    return newest
+
+
+def _load(model: JEPA | MAE, states: dict[str, State]) -> None:
+    wanted = ["encoder", "predictor", "target_encoder"] if isinstance(model, JEPA) else ["encoder", "decoder"]
+    missing = [name for name in wanted if name not in states]
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}: was it trained with another objective?")
+    for name in wanted:
+        network = getattr(model, name)
+        # Position tables are computed; our own checkpoints do not hold them.
+        tables = dict(network.named_buffers())
+        load_strict(network, tables | states[name], name)
+
+
+def _states_of(checkpoint: Checkpoint) -> dict[str, State]:
+    """The state dicts of the networks in a checkpoint of our own."""
     states: dict[str, State] = {}
-    for name, tensor in tensors["student"].items():
+    for name, tensor in checkpoint.tensors["student"].items():
         network, _, inner = name.partition(".")
         states.setdefault(network, {})[inner] = tensor
-    if "target" in tensors:
+    if "target" in checkpoint.tensors:
         states["target_encoder"] = {
-            name.removeprefix("encoder."): tensor for name, tensor in tensors["target"].items()
+            name.removeprefix("encoder."): tensor for name, tensor in checkpoint.tensors["target"].items()
         }
     return states
 

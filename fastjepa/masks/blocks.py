@@ -1,5 +1,6 @@
 """How large the blocks of a multi-block mask are: pure arithmetic on the host."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ def smallest_area(grid: tuple[int, int], scale: Range, aspect: Range, *, below_s
         halves = [(k + 0.5) ** 2 for k in range(math.isqrt(patches) + max(grid) + 1)]
         turns = [square / area for square in halves] + [area / square for square in halves]
         cuts = sorted([*aspect, *(turn for turn in turns if aspect[0] < turn < aspect[1])])
-        for low, high in zip(cuts, cuts[1:], strict=False):
-            shape = _block_of(grid, area, (low + high) / 2, below_side=below_side)
+        between = [(low + high) / 2 for low, high in itertools.pairwise(cuts)]
+        for ratio in [*cuts, *between]:
+            shape = _block_of(grid, area, ratio, below_side=below_side)
             smallest = min(smallest, max(0, shape.area))
     return 0 if int(patches * scale[0]) == 0 else smallest

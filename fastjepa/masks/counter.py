@@ -38,7 +38,7 @@ def _multiply_high_low(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     low_half, high_half = x & 0xFFFF, x >> 16
     low_product, high_product = low_half * multiplier, high_half * multiplier
     middle = high_product + (low_product >> 16)
-    return (middle >> 16) & _LOW32, ((middle << 16) | (low_product & 0xFFFF)) & _LOW32
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_product & 0xFFFF)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -88,7 +88,8 @@ def random_words(
 
 def uniform(seed: int, stream: Stream, index: Tensor, epoch: int, count: int, attempt: int = 0) -> Tensor:
     """As `random_words`, as float64 [B, count] in [0, 1)."""
-    return random_words(seed, stream, index, epoch, count, attempt) * 2.0**-32
+    # In fp32 the largest words would round up to 1.
+    return random_words(seed, stream, index, epoch, count, attempt).double() * 2.0**-32
 
 
 def below(words: Tensor, bound: Tensor | int) -> Tensor:

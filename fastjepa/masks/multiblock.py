@@ -1,5 +1,6 @@
 """Multi-block masks (I-JEPA, arXiv:2301.08243): predict M blocks from what is left around them."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -65,11 +66,27 @@ class MultiBlockMasks:
             raise ValueError(f"mask mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
         if self.target_blocks < 1:
             raise ValueError(f"there must be at least one target block, got {self.target_blocks}")
-        if self.mode != "budget" and (self.context_tokens or self.target_tokens):
+        if self.min_keep < 0:
+            raise ValueError(f"min_keep must be 0 or more, got {self.min_keep}")
+        if self.mode != "budget" and not (self.context_tokens is None and self.target_tokens is None):
             raise ValueError(
                 f"context_tokens and target_tokens belong to mode 'budget'; {self.mode!r} takes all it draws"
             )
+        self._check_ranges()
         self._check_grid()
+
+    def _check_ranges(self) -> None:
+        for name, (low, high), most in (
+            ("target_scale", self.target_scale, 1.0),
+            ("target_aspect", self.target_aspect, math.inf),
+            ("context_scale", self.context_scale, 1.0),
+            ("context_aspect", self.context_aspect, math.inf),
+        ):
+            if not 0 < low <= high <= most:
+                limit = f", at most {most:g}" if most < math.inf else ""
+                raise ValueError(
+                    f"{name} must be a range (low, high) above 0{limit}, with low <= high; got ({low}, {high})"
+                )
 
     def _check_grid(self) -> None:
         rows, columns = self.grid
@@ -106,7 +123,11 @@ class MultiBlockMasks:
 
     @cached_property
     def budget_tokens(self) -> int:
-        """K of ``budget``: unless given, the largest that 95 % of draws reach, and above min_keep."""
+        """K of ``budget``: unless given, the largest that 95 % of draws reach, and above min_keep.
+
+        Never more than the smallest context block has: where that is drawn, letting go of every target
+        must be enough.
+        """
         if self.context_tokens is not None:
             return self.context_tokens
         # The same draws whatever the seed: K is a property of the settings, not of a run.
@@ -117,7 +138,9 @@ class MultiBlockMasks:
             for step in range(_CALIBRATION_STEPS)
         ]
         reached = torch.cat(lengths).sort().values
-        return max(int(reached[int(0.05 * reached.numel())]), self.min_keep + 1)
+        reached_by_most = int(reached[int(0.05 * reached.numel())])
+        smallest_context = self._smallest(self.context_scale, self.context_aspect)
+        return min(max(reached_by_most, self.min_keep + 1), smallest_context)
 
     def block_shapes(self, step: int) -> tuple[BlockShape, BlockShape]:
         """The target and the context block of an optimizer step: the same for all images and ranks."""
@@ -175,7 +198,9 @@ class MultiBlockMasks:
         otherwise, so that a target is hardly ever let go of.
         """
         target, context = shapes
-        needed = self.budget_tokens if self.mode == "budget" else self.min_keep + 1
+        needed = self.min_keep + 1
+        if self.mode == "budget":
+            needed = max(needed, self.budget_tokens)
         draw = self._draw_once(image_index, epoch, shapes, attempt=0, kept_out=self.target_blocks)
         pending = (draw.allowed.flatten(1).sum(1) < needed).nonzero().flatten()  # [b]
         for attempt in range(1, TRIES * (self.target_blocks + 1)):

@@ -1,5 +1,6 @@
 """The masks of a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,12 +23,14 @@ class Masks:
     cu_seqlens: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Masks":
-        cu_seqlens = self.cu_seqlens
-        return Masks(
-            self.context.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            None if cu_seqlens is None else cu_seqlens.to(device, non_blocking=non_blocking),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Masks":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Masks":
+        cu_seqlens = None if self.cu_seqlens is None else change(self.cu_seqlens)
+        return Masks(change(self.context), change(self.targets), cu_seqlens)
 
 
 class MaskSampler(Protocol):

@@ -44,7 +44,9 @@ class MAEDecoder(nn.Module):
         patches = self.decoder_pos_embed.shape[1] - 1
         index = context_index.long()[:, :, None].expand(-1, -1, width)  # [B, K, d]
         filled = self.mask_token.to(tokens.dtype).expand(batch, patches, -1).scatter(1, index, tokens[:, 1:])
-        x = torch.cat([tokens[:, :1], filled], dim=1) + self.decoder_pos_embed.to(tokens.dtype)  # [B, 1 + N, d]
+        x = torch.cat([tokens[:, :1], filled], dim=1) + self.decoder_pos_embed.to(
+            tokens.dtype
+        )  # [B, 1 + N, d]
         sequences = equal_sequences(batch, patches + 1, x.device)
         x = run_blocks(self.decoder_blocks, x.flatten(0, 1), sequences, self.checkpoint_blocks)
         x = x.view(batch, patches + 1, width)[:, 1:]

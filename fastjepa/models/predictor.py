@@ -7,6 +7,7 @@ from fastjepa.models.block import NORM_EPS, Block
 from fastjepa.models.positions import sincos_2d
 from fastjepa.models.sequences import Sequences, equal_sequences
 from fastjepa.models.vit import run_blocks
+from fastjepa_kernels.checks import require, require_index, shape_of
 
 
 class Predictor(nn.Module):
@@ -43,8 +44,17 @@ class Predictor(nn.Module):
 
         Returns:
             [M, B, P, D].
+
+        Raises:
+            ValueError: target_index has another shape; on the CPU also if a position is not in the grid.
         """
         positions = self.predictor_pos_embed[0].to(context.dtype)  # [N, d]
+        batch = context.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        require(
+            target_index.ndim == 3 and target_index.shape[1] == batch,
+            f"target_index must be [M, B, P] with B = {batch}, got {shape_of(target_index)}",
+        )
+        require_index("target_index", target_index, positions.shape[0])
         seen = self.predictor_embed(context) + positions[context_index.long()]  # [B, K, d] or [T, d]
         asked = self.mask_token[0] + positions[target_index.long()]  # [M, B, P, d]
         if cu_seqlens is None:
@@ -52,8 +62,8 @@ class Predictor(nn.Module):
         else:
             x, sequences, rows = _join_packed(seen, asked, cu_seqlens, positions.shape[0])
         x = run_blocks(self.predictor_blocks, x, sequences, self.checkpoint_blocks)
-        x = x[rows] if isinstance(rows, Tensor) else x.view(*rows)[:, -asked.shape[2] :]
-        return self.predictor_proj(self.predictor_norm(x)).view(*asked.shape[:3], -1)
+        x = x[rows] if isinstance(rows, Tensor) else x.view(rows)[:, rows[1] - asked.shape[2] :]
+        return self.predictor_proj(self.predictor_norm(x)).view(*asked.shape[:3], context.shape[-1])
 
 
 def _join_dense(seen: Tensor, asked: Tensor) -> tuple[Tensor, Sequences, tuple[int, int, int]]:
@@ -61,7 +71,8 @@ def _join_dense(seen: Tensor, asked: Tensor) -> tuple[Tensor, Sequences, tuple[i
     blocks, batch, patches, width = asked.shape
     x = torch.cat([seen.expand(blocks, -1, -1, -1), asked], dim=2).flatten(0, 1)  # [M B, K + P, d]
     length = seen.shape[1] + patches
-    return x.flatten(0, 1), equal_sequences(blocks * batch, length, x.device), (-1, length, width)
+    shape = (blocks * batch, length, width)
+    return x.flatten(0, 1), equal_sequences(blocks * batch, length, x.device), shape
 
 
 def _join_packed(
@@ -69,26 +80,31 @@ def _join_packed(
 ) -> tuple[Tensor, Sequences, Tensor]:
     """The same for contexts of unequal length: the stream, its cut, and the rows of the blocks.
 
-    Every shape is known on the host: M * (T + B * P) tokens.
+    Every shape is known on the host: M * (T + B * P) tokens. Context rows past cu_seqlens[-1] go behind
+    everything, where no sequence sees them.
     """
     blocks, batch, patches, _ = asked.shape
     device, tokens = seen.device, seen.shape[0]
     starts = cu_seqlens.long()  # [B + 1]
-    per_block = tokens + batch * patches
-    offset = torch.arange(blocks, device=device)[:, None] * per_block  # [M, 1]
+    end = starts[-1]  # 0-d, on the device
+    per_block = end + batch * patches
+    block = torch.arange(blocks, device=device)[:, None]  # [M, 1]
+    offset = block * per_block  # [M, 1]
 
     # Image b's context rows move down by the P rows of each block before it.
-    image = torch.searchsorted(starts, torch.arange(tokens, device=device), right=True) - 1  # [T]
-    seen_rows = offset + torch.arange(tokens, device=device) + image * patches  # [M, T]
+    row = torch.arange(tokens, device=device)  # [T]
+    image = torch.searchsorted(starts, row, right=True) - 1  # [T]
+    behind = blocks * per_block + block * (tokens - end) + row - end  # [M, T]
+    seen_rows = torch.where(row < end, offset + row + image * patches, behind)  # [M, T]
     first = starts[1:] + torch.arange(batch, device=device) * patches  # [B], where b's block starts
     asked_rows = offset[:, :, None] + first[:, None] + torch.arange(patches, device=device)  # [M, B, P]
     rows = asked_rows.flatten()
 
-    order = torch.empty(blocks * per_block, dtype=torch.long, device=device)
-    order[seen_rows.flatten()] = torch.arange(tokens, device=device).repeat(blocks)
+    order = torch.empty(blocks * (tokens + batch * patches), dtype=torch.long, device=device)
+    order[seen_rows.flatten()] = row.repeat(blocks)
     order[rows] = torch.arange(tokens, tokens + rows.numel(), device=device)
     x = torch.cat([seen, asked.flatten(0, 2)]).index_select(0, order)  # [M (T + B P), d]
 
     block_starts = starts[:-1] + torch.arange(batch, device=device) * patches  # [B]
-    cuts = torch.cat([(offset + block_starts).flatten(), offset.new_tensor([blocks * per_block])])
+    cuts = torch.cat([(offset + block_starts).flatten(), (blocks * per_block)[None]])  # [M B + 1]
     return x, Sequences(cuts.int(), grid_patches + patches, uniform=False), rows

@@ -92,12 +92,16 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=NORM_EPS)
 
     def patches(
-        self, images: Tensor, index: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        images: Tensor,
+        index: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Normalised pixels of the patches at `index`, flattened: [B, K, C p p] or packed [T, C p p].
 
         uint8 images are normalised by the model's mean and std; floating-point ones are taken as
-        already normalised.
+        already normalised. `dtype` is by default that of the model's weights.
         """
         channels, (height, width) = self.shape.channels, self.shape.image_size
         if images.ndim != 4 or images.shape[1:] != (channels, height, width):
@@ -111,7 +115,7 @@ class VisionTransformer(nn.Module):
             self.shape.patch_size,
             mean=self.pixel_mean if raw else None,
             std=self.pixel_std if raw else None,
-            dtype=self.norm.weight.dtype,
+            dtype=dtype or self.norm.weight.dtype,
             cu_seqlens=cu_seqlens,
         )
 
@@ -157,7 +161,7 @@ class VisionTransformer(nn.Module):
         x = run_blocks(self.blocks, x, sequences, self.checkpoint_blocks)
         if final_norm:
             x = self.norm(x)
-        return x if cu_seqlens is not None else x.view(sequences.count, sequences.max_seqlen, -1)
+        return x if cu_seqlens is not None else x.view(sequences.count, sequences.max_seqlen, x.shape[1])
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, sequences: Sequences, recompute: bool) -> Tensor:

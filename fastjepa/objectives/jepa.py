@@ -49,9 +49,8 @@ class JEPA(nn.Module):
         self.predictor = predictor
         self.target_encoder = copy.deepcopy(encoder) if target_encoder is None else target_encoder
         self.target_encoder.requires_grad_(False)
-        self.published_extras: dict[str, Any] | None = (
-            None  # optimizer, epoch …, of a file it was loaded from
-        )
+        # Optimizer, epoch and so on, of a published file that the model was loaded from.
+        self.published_extras: dict[str, Any] | None = None
 
     def predict(
         self, images: Tensor, context_index: Tensor, target_index: Tensor, cu_seqlens: Tensor | None = None

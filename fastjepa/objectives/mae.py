@@ -63,8 +63,9 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def _pixels(self, images: Tensor, target_index: Tensor, norm_pix_loss: bool) -> Tensor:
-        pixels = self.encoder.patches(images, target_index)  # [B, N - K, C p p]
-        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        # A model in bf16 must not round what it is compared with.
+        dtype = torch.promote_types(self.encoder.norm.weight.dtype, torch.float32)
+        pixels = self.encoder.patches(images, target_index, dtype=dtype)  # [B, N - K, C p p]
         pixels = pixels.unflatten(2, (self.encoder.shape.channels, -1)).transpose(2, 3).flatten(2)
         if norm_pix_loss:
             variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)

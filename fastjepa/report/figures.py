@@ -20,13 +20,11 @@ from fastjepa.report.verdict import BASELINES, TRAINED
 INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
 BLUE, LIGHT_BLUE, RED = "#17669b", "#6ea0c4", "#b8432f"
 WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
-
-
 _DASHED = (0, (4, 3))
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render with Agg: no display, no state shared between figures."""
+    """Render without a display."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
@@ -70,10 +68,14 @@ def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
 
 
 def rank_curve(metrics: Metrics) -> Figure | None:
-    """RankMe of the targets and of the predictions, and the rank below which a warning is due."""
-    lines = [("rankme", "targets", BLUE), ("prediction_rankme", "predictions", LIGHT_BLUE)]
-    _, rank = _series(metrics, "rankme")
-    limits = [(RANKME_FALL * rank[0], "warning")] if len(rank) else []
+    """RankMe of tokens, of predictions and of pooled images, and the limit of the first."""
+    lines = [
+        ("token_rankme", "target tokens", BLUE),
+        ("rankme", "pooled images", INK),
+        ("prediction_rankme", "predictions", LIGHT_BLUE),
+    ]
+    _, rank = _series(metrics, "token_rankme")
+    limits = [(RANKME_FALL * rank[0], "tokens")] if len(rank) else []
     return _watched(metrics, lines, "RankMe, dimensions", limits)
 
 
@@ -150,6 +152,7 @@ def probe_bars(summary: Summary) -> Figure | None:
 _SHORT = {
     "raw pixels": "raw pixels",
     "untrained encoder": "untrained",
+    "trained encoder": "encoder",
     "trained target encoder": "target",
     "trained context encoder": "context",
 }

@@ -158,20 +158,19 @@ def _mean(run: Run, key: str) -> float | None:
 
 
 def _table(probes: tuple[Probe, ...]) -> str:
-    def cell(value: float | None, form: str) -> str:
-        return "<td>–</td>" if value is None else f"<td>{value:{form}}</td>"
-
-    rows = "".join(
-        f"<tr{' class=trained' if probe.name in TRAINED else ''}><td>{escape(probe.name)}</td>"
-        + cell(probe.linear_top1, ".1%")
-        + cell(probe.knn_top1, ".1%")
-        + cell(probe.rankme, ".1f")
-        + cell(probe.target_std, ".2f")
-        + "</tr>"
-        for probe in probes
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("features", "linear", "kNN", "RankMe", "token std"))
-    return f"<table><tr>{head}</tr>{rows}</table>"
+    names = ("features", "linear", "kNN", "RankMe", "token std")
+    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
+    for probe in probes:
+        cells = [
+            escape(probe.name),
+            "–" if probe.linear_top1 is None else percent(probe.linear_top1),
+            "–" if probe.knn_top1 is None else percent(probe.knn_top1),
+            "–" if probe.rankme is None else f"{probe.rankme:.1f}",
+            "–" if probe.target_std is None else f"{probe.target_std:.2f}",
+        ]
+        kind = "trained" if probe.name in TRAINED else "baseline"
+        rows.append(f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _figure(picture: Picture) -> str:

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastjepa.evaluation.pictures import patch_pca
+from fastjepa.report.figures import WIDTH_IN
 from fastjepa.report.load import Snapshot
 
 # Okabe and Ito's colours: told apart by colour-blind eyes too.
@@ -100,16 +101,16 @@ def _mask_row(snapshot: Snapshot, images: np.ndarray, chosen: range) -> Figure:
 
 def _picture_grid(rows: int, height_to_width: float, left_in: float) -> tuple[Figure, np.ndarray]:
     """A figure of `rows` by `_ACROSS` empty axes, as wide as the curves, every cell of the images' shape."""
-    width_in, gap_in = 3.6, 0.05
-    cell_in = (width_in - left_in - gap_in * (_ACROSS - 1)) / _ACROSS
+    gap_in = 0.05
+    cell_in = (WIDTH_IN - left_in - gap_in * (_ACROSS - 1)) / _ACROSS
     height_in = rows * cell_in * height_to_width + gap_in * (rows - 1)
-    figure = Figure(figsize=(width_in, height_in))
+    figure = Figure(figsize=(WIDTH_IN, height_in))
     grid = figure.subplots(
         rows,
         _ACROSS,
         squeeze=False,
         gridspec_kw={
-            "left": left_in / width_in,
+            "left": left_in / WIDTH_IN,
             "right": 1,
             "bottom": 0,
             "top": 1,

@@ -2,7 +2,7 @@
 
 from fastjepa.report.load import Probe, Summary
 
-TRAINED = ("trained target encoder", "trained context encoder")
+TRAINED = ("trained target encoder", "trained context encoder", "trained encoder")  # the last of MAE
 BASELINES = ("raw pixels", "untrained encoder")
 # Two accuracies on 10,000 test images differ by 0.5 points or more by luck alone about one time in three.
 TIE_POINTS = 0.5

@@ -17,7 +17,7 @@ from fastjepa_kernels.checks import (
     require_same_device,
     shape_of,
 )
-from fastjepa_kernels.sequences import sequence_of_rows
+from fastjepa_kernels.sequences import rows_in_sequences, sequence_of_rows
 
 MAX_HEAD_DIM = 128
 
@@ -29,7 +29,7 @@ def _reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -
     sequence = sequence_of_rows(cu_seqlens, tokens)  # [T]
     place = torch.arange(tokens, device=qkv.device) - cu_seqlens[sequence]  # [T]
     # Rows past the last sequence go to one spare row, whose output is replaced by zero.
-    valid = torch.arange(tokens, device=qkv.device) < cu_seqlens[-1]  # [T]
+    valid = rows_in_sequences(cu_seqlens, tokens)  # [T]
     slot = torch.where(valid, sequence * max_seqlen + place, sequences * max_seqlen)  # [T]
 
     padded = qkv.new_zeros(sequences * max_seqlen + 1, 3, heads, head_dim)
@@ -61,7 +61,7 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
 
     Raises:
         ValueError: on a wrong shape, dtype, device or head dim; on the CPU also for cu_seqlens that do
-            not start at 0, decrease or pass T.
+            not start at 0, decrease or pass T, and for a sequence longer than max_seqlen.
     """
     require(qkv.ndim == 4 and qkv.shape[1] == 3, f"qkv must be [T, 3, H, d], got {shape_of(qkv)}")
     require_float("qkv", qkv)
@@ -71,7 +71,9 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
         head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM,
         f"head dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}",
     )
+    require(max_seqlen >= 0, f"max_seqlen must be 0 or more, got {max_seqlen}")
     require_cu_seqlens(cu_seqlens, tokens, max_seqlen)
     if tokens == 0 or cu_seqlens.numel() == 1 or max_seqlen == 0:
-        return qkv[:, 0] * 0
+        everything = torch.ones((), dtype=torch.bool, device=qkv.device)
+        return qkv[:, 0].masked_fill(everything, 0)  # zero whatever is in there, and part of the graph
     return _reference(qkv, cu_seqlens, max_seqlen, head_dim**-0.5 if scale is None else scale)

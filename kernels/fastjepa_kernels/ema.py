@@ -66,7 +66,8 @@ def ema_update_(
         working: the same shapes, floating point, usually bf16.
 
     Raises:
-        ValueError: shapes or devices differ, or memory is shared; nothing is written then.
+        ValueError: a tensor is not floating point, numbers of tensors, shapes or devices differ, momentum
+            is out of [0, 1], or memory is shared; nothing is written then.
     """
     shadows = [shadow] if isinstance(shadow, Tensor) else list(shadow)
     sources = [source] if isinstance(source, Tensor) else list(source)
@@ -83,7 +84,11 @@ def ema_update_(
                 f"{name}[{i}] must match shadow[{i}], got {shape_of(other)} and {shape_of(average)}",
             )
     if isinstance(momentum, Tensor):
-        require(momentum.ndim == 0, f"momentum must be a float or 0-d, got {shape_of(momentum)}")
+        require_float("momentum", momentum)
+        require(
+            momentum.ndim == 0 and all(momentum.device == average.device for average in shadows),
+            f"momentum must be a float, or 0-d on the device of shadow, got {shape_of(momentum)}",
+        )
     else:
         require(0 <= momentum <= 1, f"momentum must lie in [0, 1], got {momentum}")
     _check_no_overlap(shadows + (copies or []), sources)

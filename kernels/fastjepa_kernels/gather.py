@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastjepa_kernels.checks import (
+    FLOAT_DTYPES,
     require,
     require_cu_seqlens,
     require_float,
@@ -17,7 +18,7 @@ from fastjepa_kernels.checks import (
     require_same_device,
     shape_of,
 )
-from fastjepa_kernels.sequences import sequence_of_rows
+from fastjepa_kernels.sequences import rows_in_sequences, sequence_of_rows
 
 
 def _reference(
@@ -33,6 +34,8 @@ def _reference(
     tokens = x.reshape(batch * grid, width).index_select(0, rows.flatten())
     if pos is not None:
         tokens = tokens + pos.index_select(0, index.flatten())
+    if cu_seqlens is not None:
+        tokens = torch.where(rows_in_sequences(cu_seqlens, index.numel())[:, None], tokens, 0)
     return tokens.to(dtype).view(*index.shape, width)
 
 
@@ -54,7 +57,8 @@ def gather_tokens(
         dtype: of the result; that of `x` by default.
 
     Returns:
-        [B, K, D], or [T, D] if packed. Differentiable in `x`, and in `pos` if it asks.
+        [B, K, D], or [T, D] if packed, zero past cu_seqlens[-1]. Differentiable in `x`, and in `pos` if
+        it asks.
 
     Raises:
         ValueError: on a wrong shape, dtype or device; on the CPU also for an index out of range.
@@ -76,5 +80,7 @@ def gather_tokens(
             f"cu_seqlens must have B + 1 = {x.shape[0] + 1} entries, got {cu_seqlens.numel()}",
         )
     if pos is not None:
+        require_float("pos", pos)
         require(pos.shape == x.shape[1:], f"pos must be [N, D] = {list(x.shape[1:])}, got {shape_of(pos)}")
+    require(dtype is None or dtype in FLOAT_DTYPES, f"dtype must be floating point, got {dtype}")
     return _reference(x, index, pos, cu_seqlens, dtype or x.dtype)

@@ -19,7 +19,7 @@ from fastjepa_kernels.checks import (
     require_same_device,
     shape_of,
 )
-from fastjepa_kernels.sequences import sequence_of_rows
+from fastjepa_kernels.sequences import rows_in_sequences, sequence_of_rows
 
 Channels = Sequence[float] | Tensor | None
 
@@ -49,18 +49,21 @@ def _reference(
         patches = grid[image, row, index - row * columns]  # [B, K, C, p, p] or [T, C, p, p]
 
     work = torch.float64 if torch.float64 in (dtype, images.dtype) else torch.float32
-    values = patches.to(work)
-    scale = torch.full((channels,), 1.0, dtype=work, device=images.device)
-    shift = torch.zeros_like(scale)
-    if not images.is_floating_point():
-        scale = scale / 255
-    if std is not None:
-        scale = scale / torch.as_tensor(std, dtype=work, device=images.device)
-    if mean is not None:
-        divisor = 1.0 if std is None else torch.as_tensor(std, dtype=work, device=images.device)
-        shift = -torch.as_tensor(mean, dtype=work, device=images.device) / divisor
-    values = values * scale[:, None, None] + shift[:, None, None]
+    # (v / 255 - mean) / std is v * scale + shift; these are rounded once.
+    divisor = _per_channel(std, 1.0, images)
+    scale = 1 / divisor if images.is_floating_point() else 1 / (255 * divisor)
+    shift = -_per_channel(mean, 0.0, images) / divisor
+    values = patches.to(work) * scale.to(work) + shift.to(work)
+    if cu_seqlens is not None:
+        values = torch.where(rows_in_sequences(cu_seqlens, len(values))[:, None, None, None], values, 0)
     return values.to(dtype).flatten(-3)
+
+
+def _per_channel(values: Channels, default: float, images: Tensor) -> Tensor:
+    """float64 [C, 1, 1] on the device of `images`."""
+    given = torch.as_tensor([default] * images.shape[1] if values is None else values, dtype=torch.float64)
+    # A blocking copy of a handful of numbers would wait for all the work queued on the device.
+    return given.to(images.device, non_blocking=True)[:, None, None]
 
 
 @torch.no_grad()
@@ -85,7 +88,8 @@ def patchify_gather(
         cu_seqlens: int32 [B + 1], where each image's part of a packed `index` starts.
 
     Returns:
-        [B, K, C * p * p], or [T, C * p * p] if packed, in the order of a Conv2d weight. No gradient.
+        [B, K, C * p * p], or [T, C * p * p] if packed (zero past cu_seqlens[-1]), in the order of a Conv2d
+        weight. No gradient.
 
     Raises:
         ValueError: on a wrong shape, dtype or device; on the CPU also for an index out of range.

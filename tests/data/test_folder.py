@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastjepa.data import ImageFolder, UnreadableImage
+from fastjepa.data.folder import ImageFolder
+from fastjepa.data.unreadable import UnreadableImage
 
 
 def put(path: Path, colour: int = 0) -> Path:

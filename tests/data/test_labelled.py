@@ -4,7 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa.data import FashionMNIST, ImageFolder, evaluation_batches
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.data.folder import ImageFolder
+from fastjepa.data.labelled import evaluation_batches
 
 
 def classes(path: Path, each: int = 10) -> ImageFolder:

@@ -8,15 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa.data import (
-    Augmentation,
-    Batch,
-    FashionMNIST,
-    GlobalOrder,
-    ImageFolder,
-    TooManyUnreadable,
-    make_loader,
-)
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.data.folder import ImageFolder
+from fastjepa.data.loader import Batch, make_loader
+from fastjepa.data.order import GlobalOrder
+from fastjepa.data.transforms import Augmentation
+from fastjepa.data.unreadable import TooManyUnreadable
 from fastjepa.masks import MultiBlockMasks, RandomMasks
 
 CROP = Augmentation(crop_scale=(0.3, 1.0), flip_probability=0.5)

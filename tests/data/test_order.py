@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastjepa.data.order import GlobalOrder, rank_slice
@@ -12,6 +12,7 @@ def orders(draw: st.DrawFn) -> GlobalOrder:
     return GlobalOrder(images, draw(st.integers(1, images)), draw(st.integers(0, 2**63)), draw(st.booleans()))
 
 
+@settings(deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_each_image_comes_at_most_once_in_an_epoch(order: GlobalOrder, epoch: int) -> None:
     first = epoch * order.steps_per_epoch
@@ -24,6 +25,7 @@ def test_each_image_comes_at_most_once_in_an_epoch(order: GlobalOrder, epoch: in
     assert order.images - len(indices) < order.global_batch
 
 
+@settings(deadline=None)
 @given(orders(), st.lists(st.integers(0, 10_000), min_size=1, max_size=5))
 def test_a_step_has_its_images_wherever_one_starts(order: GlobalOrder, steps: list[int]) -> None:
     straight = {step: order.batch(step)[1] for step in sorted(steps)}
@@ -31,6 +33,7 @@ def test_a_step_has_its_images_wherever_one_starts(order: GlobalOrder, steps: li
         assert torch.equal(order.batch(step)[1], straight[step])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 100))
 def test_ranks_and_micro_batches_share_a_step_out(
     world_size: int, accumulation: int, micro_batch: int, step: int

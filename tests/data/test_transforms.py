@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -37,6 +37,7 @@ def inside(box: Box, height: int, width: int) -> bool:
     )
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, st.integers(0, 2**64 - 1), st.floats(0.01, 1.0), st.floats(0.3, 3.0))
 def test_a_crop_lies_in_the_image(height: int, width: int, seed: int, low: float, ratio: float) -> None:
     ratios = (min(ratio, 1.2), max(ratio, 1.2))
@@ -44,6 +45,7 @@ def test_a_crop_lies_in_the_image(height: int, width: int, seed: int, low: float
     assert inside(crop_box(height, width, (low, 1.0), ratios, chance.crop), height, width)
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES)
 def test_the_central_box_is_the_largest_square(height: int, width: int) -> None:
     box = center_box(height, width)
@@ -124,6 +126,7 @@ def test_a_small_image_is_enlarged() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000))
 def test_crops_are_reproduced_from_seed_epoch_and_image(image_index: int) -> None:
     image = noise(30, 40, seed=1)
@@ -147,6 +150,7 @@ def test_impossible_augmentations_are_refused(arguments: dict[str, Any], message
         Augmentation(**arguments)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 1.0), st.integers(8, 512), st.integers(0, 1000))
 def test_min_side_leaves_two_pixels_for_one(low: float, size: int, image_index: int) -> None:
     augmentation = Augmentation(crop_scale=(low, 1.0))

@@ -5,7 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa.data import Augmentation, FashionMNIST, ImageFolder, TooManyUnreadable, read_views
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.data.folder import ImageFolder
+from fastjepa.data.transforms import Augmentation
+from fastjepa.data.unreadable import TooManyUnreadable
+from fastjepa.data.views import read_views
 
 CROP = Augmentation(crop_scale=(0.3, 1.0), flip_probability=0.5)
 

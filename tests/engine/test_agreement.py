@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, load_config
 from fastjepa.data.fashion_mnist import FashionMNIST
-from fastjepa.data.loader import make_loader
+from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.build import build_masks, build_model, build_schedule
@@ -44,15 +45,13 @@ class Case:
         return "-".join(f"{key}_{value}" for key, value in vars(self).items())
 
 
-FP32 = [
-    Case(ranks, stage, accumulation, mode)
-    for mode in ("budget", "packed")
-    for ranks, stage, accumulation in [
-        (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 0, 2), (1, 1, 4), (1, 2, 2),
-        (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 0, 2), (2, 1, 2), (2, 2, 4),
-    ]
+# (ranks, stage, accumulation)
+SPLITS = [
+    (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 0, 2), (1, 1, 4), (1, 2, 2),
+    (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 0, 2), (2, 1, 2), (2, 2, 4),
 ]  # fmt: skip
-CLIPPED = [Case(1, 0, 1, clip=0.05), Case(1, 1, 2, clip=0.05), Case(2, 0, 1, clip=0.05), Case(2, 2, 2, clip=0.05)]
+FP32 = [Case(*split, mode) for mode in ("budget", "packed") for split in SPLITS]
+CLIPPED = [Case(*split, clip=0.05) for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 2, 2)]]
 MAE = [Case(1, 0, 1, objective="mae"), Case(2, 1, 1, objective="mae"), Case(2, 2, 2, objective="mae")]
 BF16 = [
     Case(ranks, stage, accumulation, precision="bf16")
@@ -79,12 +78,19 @@ def config_of(case: Case) -> Config:
     )  # fmt: skip
 
 
-def loader_of(config: Config, rank: int = 0, ranks: int = 1, accumulation: int = 1):
-    order = GlobalOrder(IMAGES, config.optim.global_batch, config.run.seed)
+def loader_of(config: Config, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> Iterator[Batch]:
     return make_loader(
-        FashionMNIST(), build_masks(config), order, size=28, augmentation=Augmentation(), seed=config.run.seed,
-        rank=rank, world_size=ranks, accumulation=accumulation, last_step=STEPS,
-    )  # fmt: skip
+        FashionMNIST(),
+        build_masks(config),
+        GlobalOrder(IMAGES, config.optim.global_batch, config.run.seed),
+        size=28,
+        augmentation=Augmentation(),
+        seed=config.run.seed,
+        rank=rank,
+        world_size=ranks,
+        accumulation=accumulation,
+        last_step=STEPS,
+    )
 
 
 def plain_torch(case: Case) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
@@ -170,7 +176,7 @@ def run_worker(cases: list[Case], out: Path) -> None:
             tensors = dict(state["student"])
             for name, tensor in state.get("target", {}).items():
                 tensors["target_" + name] = tensor
-            if learner.target is not None:  # what the forward pass really computes with
+            if isinstance(model, JEPA):  # what the forward pass really computes with
                 working = dict(model.target_encoder.named_parameters())
                 tensors |= {f"working.{name}": p.detach().clone() for name, p in working.items()}
             save_file(tensors, out / f"{case.name}.safetensors")
@@ -241,14 +247,14 @@ def test_fp32_agrees_with_plain_torch(results: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
 def test_bf16_follows_fp32(results: Path, case: Case) -> None:
-    """Within bf16's 8 bits; the shadow stays exact in fp32, and the working copy is its rounding."""
+    """Within the 8 bits of bf16 (measured: .0013 and .011); shadow and working copy stay exact."""
     losses, shadow_error, tensors = read(results, case)
     expected, start, final = reference(case)
     relative = [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
-    assert max(relative) < 2e-2, relative
+    assert max(relative) < 5e-3, relative
     assert shadow_error == 0.0
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("working.")}
-    assert update_error(weights, final, start) < 0.35
+    assert update_error(weights, final, start) < 5e-2
     for name, tensor in tensors.items():
         if name.startswith("working."):
             shadow = tensors["target_encoder." + name.removeprefix("working.")]

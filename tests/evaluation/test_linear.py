@@ -46,10 +46,11 @@ def test_fit_agrees_with_scikit_learn(clothes: tuple[Split, Split], l2: float) -
 
 
 def test_probe_agrees_with_scikit_learn_on_pixels(clothes: tuple[Split, Split]) -> None:
-    train, test = clothes
-    found = linear_accuracy(*train, *test, seed=0)
-    assert abs(found.accuracy - scikit_learn_accuracy(train, test, found.l2)) < 0.003
-    assert 0.79 < found.accuracy < 0.85  # chance is 0.1; known for 3,000 rows
+    (train, labels), test = clothes
+    train, labels = train[:1500], labels[:1500]
+    found = linear_accuracy(train, labels, *test, seed=0)
+    assert abs(found.accuracy - scikit_learn_accuracy((train, labels), test, found.l2)) < 0.003
+    assert 0.77 < found.accuracy < 0.83  # known for 1,500 rows; 0.836 for 10,000
 
 
 def test_every_set_of_features_gets_its_own_strength(clothes: tuple[Split, Split]) -> None:

@@ -1,0 +1,136 @@
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastjepa_kernels as fk
+
+
+def rows_one_by_one(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
+    rows = [
+        torch.stack([x[b, k] + (0 if pos is None else pos[k]) for k in index[b].tolist()])
+        for b in range(len(x))
+    ]
+    return torch.stack(rows)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 7),
+    st.integers(1, 12),
+    st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_it_is_row_by_row(
+    batch: int, grid: int, width: int, kept: int, index_dtype: torch.dtype, with_pos: bool, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, grid, width, dtype=torch.float64, generator=random)
+    pos = torch.randn(grid, width, dtype=torch.float64, generator=random) if with_pos else None
+    index = torch.randint(grid, (batch, kept), generator=random)  # repeats where kept > grid
+    expected = rows_one_by_one(x, index, pos)
+    assert torch.equal(fk.gather_tokens(x, index.to(index_dtype), pos), expected)
+
+    # The same tokens as one packed stream.
+    starts = torch.arange(batch + 1, dtype=torch.int32) * kept
+    packed = fk.gather_tokens(x, index.flatten().to(index_dtype), pos, starts)
+    assert torch.equal(packed, expected.flatten(0, 1))
+
+
+def test_images_of_unequal_length_and_of_none() -> None:
+    x = torch.randn(4, 5, 3)
+    lists = [[4, 0], [], [2, 2, 1], []]
+    index = torch.tensor([k for kept in lists for k in kept])
+    starts = torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32)
+    out = fk.gather_tokens(x, index, cu_seqlens=starts)
+    for image, (start, end) in enumerate(pairwise(starts.tolist())):
+        assert torch.equal(out[start:end], x[image, lists[image]])
+    assert fk.gather_tokens(x, index[:0], cu_seqlens=torch.zeros(5, dtype=torch.int32)).shape == (0, 3)
+    assert fk.gather_tokens(x, torch.zeros(4, 0, dtype=torch.long)).shape == (4, 0, 3)
+
+
+def test_rows_past_the_end_are_zero_and_so_is_their_gradient() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    pos = torch.randn(3, 4, requires_grad=True)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    out = fk.gather_tokens(x, torch.tensor([0, 1, 2, 2]), pos, starts)
+    assert bool((out[2:] == 0).all())
+    out.sum().backward()
+    assert x.grad is not None
+    assert pos.grad is not None
+    assert x.grad.sum() == pos.grad.sum() == 2 * 4
+    assert bool((x.grad[:, 2] == 0).all())
+    assert bool((pos.grad[2] == 0).all())
+
+
+def test_strides_do_not_matter() -> None:
+    x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)[:, ::2]  # [3, 2, 6]
+    pos = torch.randn(6, 2, dtype=torch.float64).t()
+    index = torch.tensor([[1, 0], [1, 1], [0, 1]]).t().contiguous().t()
+    assert not (x.is_contiguous() or pos.is_contiguous() or index.is_contiguous())
+    assert torch.equal(fk.gather_tokens(x, index, pos), rows_one_by_one(x, index, pos))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_repeated_rows_add_up(packed: bool) -> None:
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    pos = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[3, 3, 0], [1, 3, 1]])
+    starts = torch.tensor([0, 3, 6], dtype=torch.int32) if packed else None
+    kept = index.flatten() if packed else index
+    assert torch.autograd.gradcheck(lambda x, pos: fk.gather_tokens(x, kept, pos, starts), (x, pos))
+    fk.gather_tokens(x, kept, None, starts).sum().backward()
+    assert x.grad is not None
+    assert x.grad[..., 0].tolist() == [[1, 0, 0, 2], [0, 2, 0, 1]]
+
+
+def test_positions_are_added_before_the_cast() -> None:
+    x = torch.randn(2, 4, 8).bfloat16()
+    pos = torch.randn(4, 8)
+    index = torch.tensor([[0, 3], [2, 1]])
+    exact = rows_one_by_one(x.double(), index, pos.double())
+    assert torch.equal(fk.gather_tokens(x, index, pos, dtype=torch.float32), exact.float())
+    out = fk.gather_tokens(x, index, pos)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.float().bfloat16())
+    assert fk.gather_tokens(x, index, dtype=torch.float64).dtype == torch.float64
+
+
+X, INDEX = torch.zeros(2, 4, 3), torch.zeros(2, 2, dtype=torch.long)
+STARTS = torch.tensor([0, 2, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(4, 3)}, r"x must be \[B, N, D\]"),
+        ({"x": X.long()}, "x must be floating point"),
+        ({"index": INDEX.float()}, "index must hold integers"),
+        ({"index": INDEX.bool()}, "index must hold integers"),
+        ({"index": INDEX + 4}, r"index must lie in 0\.\.3, got 4\.\.4"),
+        ({"index": INDEX - 1}, r"index must lie in 0\.\.3, got -1\.\.-1"),
+        ({"index": INDEX[:1]}, r"index must be \[B, K\] with B = 2"),
+        ({"index": INDEX.flatten()}, r"index must be \[B, K\]"),
+        ({"pos": torch.zeros(3, 3)}, r"pos must be \[N, D\] = \[4, 3\]"),
+        ({"pos": torch.zeros(4, 3, dtype=torch.long)}, "pos must be floating point"),
+        ({"dtype": torch.int64}, "dtype must be floating point"),
+        ({"cu_seqlens": STARTS}, r"with cu_seqlens, index must be \[T\]"),
+        ({"index": INDEX.flatten(), "cu_seqlens": STARTS.long()}, "cu_seqlens must be int32"),
+        ({"index": INDEX.flatten(), "cu_seqlens": STARTS[:2]}, r"B \+ 1 = 3 entries, got 2"),
+        ({"index": INDEX.flatten(), "cu_seqlens": STARTS + 1}, "must start at 0"),
+        ({"index": INDEX.flatten(), "cu_seqlens": STARTS.flip(0) - 4}, "must start at 0|never decrease"),
+        ({"index": INDEX.flatten(), "cu_seqlens": STARTS[[0, 2, 1]]}, "never decrease"),
+        ({"index": INDEX.flatten()[:3], "cu_seqlens": STARTS}, "ends at 4, but there are only 3"),
+        ({"pos": torch.zeros(4, 3, device="meta")}, "one device, got .*pos on meta"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fk.gather_tokens(**{"x": X, "index": INDEX, **arguments})

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from fastjepa.report import figures
+from fastjepa.report.load import Metrics, Probe, Summary
+
+METRICS: Metrics = [
+    {
+        "step": s,
+        "images": 128 * s,
+        "loss": 0.4 / (1 + s),
+        "token_rankme": 20.0 + s,
+        "target_std": 0.6,
+        "lr": 1e-3 * s,
+    }
+    | ({"linear_top1": 0.7 + 0.001 * s} if s % 20 == 0 else {})
+    for s in range(0, 101, 10)
+]
+SUMMARY = Summary(
+    "run",
+    probes=(
+        Probe("raw pixels", 0.80, 0.836),
+        Probe("untrained encoder", 0.60, 0.74),
+        Probe("trained target encoder", 0.82, 0.86),
+    ),
+)
+
+
+def texts(figure: Figure | None) -> list[str]:
+    assert figure is not None
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_nothing_logged_is_nothing_drawn() -> None:
+    for metrics in ([], [{"step": 10.0}], [{"step": 10.0, "loss": float("nan")}]):
+        assert figures.loss_curve(metrics) is None
+        assert figures.probe_curve(metrics, SUMMARY, "knn_top1") is None
+        assert figures.rank_curve(metrics) is None
+        assert figures.std_curve(metrics) is None
+        assert figures.speed_curve(metrics) is None
+        assert figures.schedule_curves(metrics) is None
+    assert figures.probe_bars(Summary("run")) is None
+
+
+def test_a_probe_is_drawn_where_it_was_measured_with_its_baselines() -> None:
+    figure = figures.probe_curve(METRICS, SUMMARY, "linear_top1")
+    assert texts(figure) == ["untrained 74.0", "now 80.0", "raw pixels 83.6"]
+    assert figure is not None
+    x, y = np.array(figure.axes[0].lines[0].get_xydata()).T
+    assert x.tolist() == [128 * s for s in range(0, 101, 20)]
+    assert y[0] == pytest.approx(70)
+
+
+def test_limits_of_collapse_are_drawn_with_their_values() -> None:
+    assert "tokens < 10" in texts(figures.rank_curve(METRICS))
+    assert "tokens < 0.1" in texts(figures.std_curve(METRICS))
+
+
+def test_a_loss_over_decades_gets_a_logarithmic_axis() -> None:
+    wide, narrow = figures.loss_curve(METRICS), figures.loss_curve(METRICS[1:])
+    assert wide is not None
+    assert narrow is not None
+    assert wide.axes[0].get_yscale() == "log"
+    assert narrow.axes[0].get_yscale() == "linear"
+
+
+def test_bars_start_at_zero_and_name_the_baselines() -> None:
+    figure = figures.probe_bars(SUMMARY)
+    assert figure is not None
+    linear, knn = figure.axes
+    assert linear.get_xlim() == (0, 100)
+    assert linear.patches[0].get_width() == pytest.approx(86)  # type: ignore[attr-defined]
+    assert {text.get_text() for text in knn.texts} == {"82.0", "raw pixels 80.0", "untrained 60.0"}
+
+
+def test_to_png_gives_a_png() -> None:
+    figure = figures.schedule_curves(METRICS)
+    assert figure is not None
+    assert figures.to_png(figure).startswith(b"\x89PNG")
+
+
+@settings(deadline=None)
+@given(heights=st.lists(st.floats(0, 1), min_size=1, max_size=8).map(sorted))
+def test_labels_stay_apart_and_in_order(heights: list[float]) -> None:
+    spread = np.array(figures._spread(list(heights), gap=0.1))
+    assert np.all(np.diff(spread) > 0.1 - 1e-9)
+    assert spread.max() <= 1

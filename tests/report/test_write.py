@@ -1,0 +1,195 @@
+"""The page of a run folder with real images and the features of an untrained encoder."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.masks import MultiBlockMasks
+from fastjepa.report import write_report
+
+PROBE = [
+    {"name": "raw pixels", "knn_top1": 0.80, "linear_top1": 0.836, "rankme": None, "target_std": None},
+    {"name": "untrained encoder", "knn_top1": 0.67, "linear_top1": 0.74, "rankme": 27.0, "target_std": 0.7},
+    {
+        "name": "trained target encoder",
+        "knn_top1": 0.81,
+        "linear_top1": 0.86,
+        "rankme": 60.0,
+        "target_std": 0.8,
+    },
+]
+SUMMARY = {
+    "name": "shoes & <shirts>",
+    "objective": "jepa",
+    "steps": 100,
+    "images": 12800,
+    "train_s": 64.0,
+    "precision": "fp32",
+    "device": "CPU",
+    "versions": {"torch": "2.14.1"},
+    "probe": PROBE,
+    "probe_note": "",
+}
+HEALTHY = {"target_std": 0.7, "between_image_std": 0.3, "token_rankme": 30.0, "prediction_std": 0.5}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that has ended."""
+    (tmp_path / "config.yaml").write_text("model:\n  size: tiny  # <- & more\n")
+    rows = [
+        {
+            "step": s,
+            "images": 128 * s,
+            "loss": 0.4 - 0.002 * s,
+            "lr": 1e-5 * s,
+            "weight_decay": 0.04,
+            "momentum": 0.996,
+        }
+        | {"images_per_second": 200.0, "data_wait_fraction": 0.01, "linear_top1": 0.7 + 0.001 * s}
+        | HEALTHY
+        for s in range(0, 101, 10)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "report" / "snapshots"
+    folder.mkdir(parents=True)
+    images = FashionMNIST(split="test").images[:6]
+    patches = torch.nn.functional.unfold(images.float() / 255, 4, stride=4).mT  # [6, 49, 16]
+    masks = MultiBlockMasks(grid=(7, 7), mode="budget", seed=0).sample(torch.arange(6))
+    for step in (0, 100):
+        weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
+        save_file(
+            {
+                "images": images,
+                "features": (patches @ weight).half(),
+                "context": masks.context.long().contiguous(),
+                "targets": masks.targets.long().contiguous(),
+            },
+            folder / f"step_{step:08d}.safetensors",
+            metadata={"grid": "7,7", "step": str(step)},
+        )
+    (tmp_path / "report" / "summary.json").write_text(json.dumps(SUMMARY))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask for, and that tags are closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.headings: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h3":
+            self.headings.append(data)
+        if "style" not in self.open:
+            self.text += data
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(write_report(run_dir).read_text())
+
+
+def test_a_finished_run_has_every_part(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    assert page.headings == [
+        "Trained encoder against baselines",
+        "All numbers",
+        "Loss",
+        "Linear probe over training",
+        "Effective rank",
+        "Spread of the features",
+        "Speed",
+        "Schedules",
+        "Masks as sampled",
+        "Patch features as colours",
+    ]
+    assert "shoes & <shirts>" in page.text
+    assert "size: tiny  # <- & more" in page.text
+    assert "beats raw pixels by linear probe and kNN" in page.text
+    assert "Warning" not in page.text
+    assert "missing" not in page.text
+
+
+def test_the_page_needs_nothing_else(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    html = path.read_text()
+    assert path == run_dir / "report" / "index.html"
+    assert "<script" not in html
+    assert "http" not in html
+    assert "url(" not in html
+    sources = [value for name, value in Page(html).attributes if name in ("src", "href")]
+    pngs = {base64.b64decode((source or "").removeprefix("data:image/png;base64,")) for source in sources}
+    assert len(sources) == 11
+    assert pngs == {file.read_bytes() for file in (run_dir / "report").glob("*.png")}
+    assert not list((run_dir / "report").glob("*.tmp"))
+
+
+def test_a_run_still_going_says_what_is_missing(run_dir: Path) -> None:
+    (run_dir / "report" / "summary.json").unlink()
+    (run_dir / "report" / "snapshots" / "step_00000100.safetensors").unlink()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 110, "lo')
+    page = page_of(run_dir)
+    assert "has not been probed" in page.text
+    assert "There is no report/summary.json" in page.text
+    assert "at step 100" in page.text
+    assert {"Loss", "Masks as sampled", "Patch features as colours"} <= set(page.headings)
+
+
+def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert page.headings == []
+    assert "There is no metrics.jsonl" in page.text
+
+
+def test_without_labels_the_note_says_why(run_dir: Path) -> None:
+    note = "The images have no labels, so nothing was probed."
+    (run_dir / "report" / "summary.json").write_text(json.dumps(SUMMARY | {"probe": [], "probe_note": note}))
+    page = page_of(run_dir)
+    assert note in page.text
+    assert "All numbers" not in page.headings
+
+
+def test_collapse_is_warned_of_whatever_the_loss(run_dir: Path) -> None:
+    row = {"step": 110, "images": 14080, "loss": 1e-4} | HEALTHY | {"target_std": 0.01}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert re.search(r"Warning:\s+the target says nearly the same about every token", page_of(run_dir).text)
+
+
+def test_a_diverged_run_still_has_a_page(run_dir: Path) -> None:
+    row = {"step": 110, "loss": float("nan")} | dict.fromkeys(HEALTHY, float("nan"))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    path = run_dir / "report" / "snapshots" / "step_00000100.safetensors"
+    tensors = {
+        "images": torch.zeros(6, 1, 28, 28, dtype=torch.uint8),
+        "features": torch.full((6, 49, 24), torch.nan, dtype=torch.float16),
+        "context": torch.zeros(6, 5, dtype=torch.int64),
+    }
+    save_file(tensors, path, metadata={"grid": "7,7", "step": "100"})
+    text = page_of(run_dir).text
+    assert "the features are not finite" in text
+    assert "Cannot be drawn: the patch features are not all finite" in text
+    assert "Everything outside is to be predicted" in text

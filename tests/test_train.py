@@ -1,0 +1,138 @@
+"""A run from its first step to its report, and what it says on the way."""
+
+import json
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+from collections.abc import Callable
+from fcntl import ioctl
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Finished, Trainer
+
+# DESIGN.md's, on every logged step, and those of the steps that are probed too.
+LOGGED = {
+    "step", "epoch", "images", "loss", "lr", "weight_decay", "momentum", "grad_norm", "images_per_second",
+    "data_wait_fraction", "context_tokens", "target_tokens", "target_std",
+}  # fmt: skip
+PROBED = {"rankme", "knn_top1", "linear_top1"}
+
+# Shared within a process: one run for the tests of this file.
+pytestmark = pytest.mark.xdist_group("train")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPathFactory
+) -> "tuple[Trainer, Finished]":
+    trainer = trainer_at(tmp_path_factory.mktemp("finished"))
+    return trainer, trainer("optim.steps=23", "probe.every_steps=10", "run.keep_last=3").check()
+
+
+def test_metrics_have_one_row_for_each_logged_step(finished: "tuple[Trainer, Finished]") -> None:
+    rows = finished[0].rows
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
+    for row in rows:
+        assert row.keys() >= LOGGED
+        assert (row.keys() >= PROBED) == (row["step"] in (10, 20, 23))
+        assert row["images"] == 16 * row["step"]
+        assert row["epoch"] == pytest.approx(row["images"] / 280)
+        assert row["context_tokens"] == 10
+        assert 0 <= row["data_wait_fraction"] <= 1
+    assert rows[-1]["lr"] == pytest.approx(1e-6)
+
+
+def test_run_folder_holds_what_was_promised(finished: "tuple[Trainer, Finished]") -> None:
+    trainer, _ = finished
+    assert trainer.saved_steps == [15, 20, 23]
+    names = {path.name for path in trainer.run.rglob("*")}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "report", "index.html", "summary.json"} <= names
+    assert not [name for name in names if name.endswith((".tmp", ".pt", ".pth", ".pkl", ".bin"))]
+    probed = json.loads((trainer.run / "report" / "summary.json").read_text())["probe"]
+    assert [row["name"] for row in probed] == [
+        "raw pixels",
+        "untrained encoder",
+        "trained target encoder",
+        "trained context encoder",
+    ]
+
+
+def test_piped_output_is_plain_lines_of_the_run_alone(finished: "tuple[Trainer, Finished]") -> None:
+    _, process = finished
+    assert process.err == ""
+    assert "\x1b" not in process.out
+    lines = process.out.splitlines()
+    assert lines[0] == "judged on 50 training images, held out"
+    assert lines[-1].startswith("Report: ")
+    ours = re.compile(
+        r"judged on |step +\d+/23  loss |step \d+  [a-z ]+: kNN |features  |(raw|(un)?trained) |Report: "
+    )
+    assert [line for line in lines if not ours.match(line)] == []
+
+
+def test_a_finished_run_ends_again_at_once_and_changes_nothing(
+    finished: "tuple[Trainer, Finished]",
+) -> None:
+    trainer, _ = finished
+    rows, saved = trainer.rows, weights(trainer.run)
+    again = trainer("optim.steps=23", "probe.every_steps=10", "run.keep_last=3").check()
+    assert "Resuming at step 23 of 23" in again.out
+    assert trainer.rows == rows
+    assert weights(trainer.run) == saved
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.glob("checkpoints/*/*.safetensors")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals differ")
+def test_live_view_on_a_terminal(train: "Trainer") -> None:
+    """What is left on the screen is the lines that stay; while it ran, each number was beside its name."""
+    parent, child = pty.openpty()
+    ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    process = train.start("optim.steps=20", stdout=child, stderr=child)
+    os.close(child)
+    written = bytearray()
+    while True:
+        try:
+            written += os.read(parent, 1 << 16)
+        except OSError:  # how Linux reports that the other end was closed
+            break
+    os.close(parent)
+    assert process.wait(timeout=60) == 0
+
+    text = written.decode().replace("\r\n", "\n")
+    seen = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text)
+    for name in ("loss", "grad norm", "momentum", "images/s", "data wait", "target std", "kNN", "linear"):
+        assert re.search(rf"{name} +[\d.,]+%?", seen), name
+    assert "step 20/20, 0:00 left" in seen
+    assert max(len(line) for line in seen.splitlines() if line.startswith(("│", "╭", "╰"))) == 80
+
+    screen = what_stays(text)
+    assert not [line for line in screen if "│" in line or "╭" in line]
+    assert screen[0].startswith("judged on")
+    assert screen[-1].startswith("Report: ")
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is gone"
+
+
+def what_stays(text: str) -> list[str]:
+    """The lines on a terminal that understands what rich writes: cursor up, erase line, carriage return."""
+    lines, row = [""], 0
+    for token in re.findall(r"\x1b\[[\d;?]*[a-zA-Z]|\n|\r|[^\x1b\n\r]+", text):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif token.endswith("A") and token.startswith("\x1b"):
+            row -= int(token[2:-1] or 1)
+        elif token == "\x1b[2K":
+            lines[row] = ""
+        elif not token.startswith(("\x1b", "\r")):
+            lines[row] += token
+    return [line for line in lines if line.strip()]
