@@ -85,12 +85,12 @@ class ObjectiveConfig:
 @dataclass
 class OptimConfig:
     global_batch: Count = 2048  # images per optimizer step, over all ranks and accumulation
-    epochs: Positive | None = 300
+    epochs: Positive | None = 300.0
     steps: Count | None = None  # instead of epochs
     lr: NotNegative = 1e-3
     start_lr: NotNegative = 2e-4
     final_lr: NotNegative = 1e-6
-    warmup_epochs: NotNegative = 40
+    warmup_epochs: NotNegative = 40.0
     weight_decay: NotNegative = 0.04
     final_weight_decay: NotNegative = 0.4
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

@@ -158,7 +158,7 @@ def verify_checkpoint(path: Path) -> None:
                 raise CheckpointError(f"{path / name} is damaged: it differs from the manifest")
     except OSError as error:
         raise CheckpointError(f"{path} is incomplete: {error}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error}") from error
 
 

@@ -176,7 +176,9 @@ def _tensor(state: State, name: str, dimensions: int) -> Tensor:
             f"tensor {name} is missing: this is no I-JEPA or MAE checkpoint, or an incomplete one"
         )
     if state[name].ndim != dimensions:
-        raise ValueError(f"tensor {name} is {list(state[name].shape)} and should have {dimensions} dimensions")
+        raise ValueError(
+            f"tensor {name} is {list(state[name].shape)} and should have {dimensions} dimensions"
+        )
     return state[name]
 
 

@@ -43,7 +43,7 @@ def read_published(path: Path) -> Published:
         # torch's own message advises to load without protection; only the name it gives is of use.
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
-            f"it holds a Python object, {found[1]}, which could run code; only tensors and plain values are read"
+            f"it holds a Python object, {found[1]}, which could run code; only tensors and numbers are read"
             if found
             else "it is damaged, or was not written by torch.save"
         )
@@ -53,8 +53,8 @@ def read_published(path: Path) -> Published:
     wanted = NETWORKS if all(name in content for name in NETWORKS) else ("model",)
     if not all(_is_state(content.get(name)) for name in wanted):
         raise ValueError(
-            f"{path} is neither a published I-JEPA checkpoint (encoder, predictor, target_encoder) nor an MAE one "
-            f"(model); it holds {', '.join(map(str, list(content)[:8])) or 'nothing'}"
+            f"{path} is neither a published I-JEPA checkpoint (encoder, predictor, target_encoder) nor an "
+            f"MAE one (model); it holds {', '.join(map(str, list(content)[:8])) or 'nothing'}"
         )
     states = {
         name: {key.removeprefix(PREFIX): tensor for key, tensor in content[name].items()} for name in wanted

@@ -85,7 +85,7 @@ class MultiBlockMasks:
             if not 0 < low <= high <= most:
                 limit = f", at most {most:g}" if most < math.inf else ""
                 raise ValueError(
-                    f"{name} must be a range (low, high) above 0{limit}, with low <= high; got ({low}, {high})"
+                    f"{name} must be a range (low, high) above 0{limit}, low <= high; got ({low}, {high})"
                 )
 
     def _check_grid(self) -> None:

@@ -58,21 +58,19 @@ class Predictor(nn.Module):
         seen = self.predictor_embed(context) + positions[context_index.long()]  # [B, K, d] or [T, d]
         asked = self.mask_token[0] + positions[target_index.long()]  # [M, B, P, d]
         if cu_seqlens is None:
-            x, sequences, rows = _join_dense(seen, asked)
+            x, sequences = _join_dense(seen, asked)
+            x = run_blocks(self.predictor_blocks, x, sequences, self.checkpoint_blocks)
+            x = x.view(sequences.count, sequences.max_seqlen, x.shape[1])[:, seen.shape[1] :]
         else:
             x, sequences, rows = _join_packed(seen, asked, cu_seqlens, positions.shape[0])
-        x = run_blocks(self.predictor_blocks, x, sequences, self.checkpoint_blocks)
-        x = x[rows] if isinstance(rows, Tensor) else x.view(rows)[:, rows[1] - asked.shape[2] :]
+            x = run_blocks(self.predictor_blocks, x, sequences, self.checkpoint_blocks)[rows]
         return self.predictor_proj(self.predictor_norm(x)).view(*asked.shape[:3], context.shape[-1])
 
 
-def _join_dense(seen: Tensor, asked: Tensor) -> tuple[Tensor, Sequences, tuple[int, int, int]]:
-    """[context; block] for each (block, image): the stream, its cut, and its dense shape."""
-    blocks, batch, patches, width = asked.shape
-    x = torch.cat([seen.expand(blocks, -1, -1, -1), asked], dim=2).flatten(0, 1)  # [M B, K + P, d]
-    length = seen.shape[1] + patches
-    shape = (blocks * batch, length, width)
-    return x.flatten(0, 1), equal_sequences(blocks * batch, length, x.device), shape
+def _join_dense(seen: Tensor, asked: Tensor) -> tuple[Tensor, Sequences]:
+    """[context; block] for each (block, image): the stream and its cut."""
+    x = torch.cat([seen.expand(asked.shape[0], -1, -1, -1), asked], dim=2).flatten(0, 1)  # [M B, K + P, d]
+    return x.flatten(0, 1), equal_sequences(x.shape[0], x.shape[1], x.device)
 
 
 def _join_packed(

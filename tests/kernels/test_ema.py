@@ -23,9 +23,7 @@ def test_it_is_the_linear_interpolation(momentum: float, as_tensor: bool) -> Non
     sources = [torch.randn_like(shadow) for shadow in shadows]
     before = [shadow.clone() for shadow in shadows]
     kept = [source.clone() for source in sources]
-    fk.ema_update_(
-        shadows, sources, torch.tensor(momentum, dtype=torch.float64) if as_tensor else momentum
-    )
+    fk.ema_update_(shadows, sources, torch.tensor(momentum, dtype=torch.float64) if as_tensor else momentum)
     for shadow, old, source, untouched in zip(shadows, before, sources, kept, strict=True):
         assert_is_lerp(shadow, old, source, momentum)
         assert torch.equal(source, untouched)

@@ -74,7 +74,7 @@ def test_strides_do_not_matter() -> None:
     x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)[:, ::2]  # [3, 2, 6]
     pos = torch.randn(6, 2, dtype=torch.float64).t()
     index = torch.tensor([[1, 0], [1, 1], [0, 1]]).t().contiguous().t()
-    assert not (x.is_contiguous() or pos.is_contiguous() or index.is_contiguous())
+    assert not any(tensor.is_contiguous() for tensor in (x, pos, index))
     assert torch.equal(fk.gather_tokens(x, index, pos), rows_one_by_one(x, index, pos))
 
 

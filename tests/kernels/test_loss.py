@@ -154,6 +154,6 @@ INDEX, NORM = torch.zeros(2, 3, 4, dtype=torch.long), torch.ones(8)
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
-    given = {"prediction": PREDICTION, "hidden": HIDDEN, "index": INDEX, "norm_weight": NORM, "norm_bias": NORM}
+    given = {"prediction": PREDICTION, "hidden": HIDDEN, "index": INDEX, "norm_weight": NORM}
     with pytest.raises(ValueError, match=message):
-        fk.jepa_loss(**{**given, **arguments})
+        fk.jepa_loss(**{**given, "norm_bias": NORM, **arguments})

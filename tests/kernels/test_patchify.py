@@ -91,9 +91,7 @@ def test_bytes_are_normalised_as_well_as_the_result_can_hold(dtype: torch.dtype)
 def test_without_mean_and_std_pixels_stay_as_they_are() -> None:
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     floats = images / 255
-    assert torch.equal(
-        fk.patchify_gather(floats, None, 4).view(2, 3, 4, 4), floats
-    )
+    assert torch.equal(fk.patchify_gather(floats, None, 4).view(2, 3, 4, 4), floats)
     torch.testing.assert_close(fk.patchify_gather(images, None, 4).view(2, 3, 4, 4), floats)
     only_mean = fk.patchify_gather(floats, None, 4, mean=(0.5,) * 3).view(2, 3, 4, 4)
     torch.testing.assert_close(only_mean, floats - 0.5)

@@ -177,8 +177,9 @@ def test_a_default_budget_is_what_95_of_100_draws_reach() -> None:
     assert budget == MultiBlockMasks((14, 14), "budget", seed=7).budget_tokens
     packed = MultiBlockMasks((14, 14), "packed", seed=1)
     steps, images = 200, torch.arange(32)
-    lengths = torch.stack([packed.sample(images, step=step).cu_seqlens.diff() for step in range(steps)])
-    reached = (lengths >= budget).double().mean(dim=1)  # [steps]
+    draws = [contexts_of(packed.sample(images, step=step)) for step in range(steps)]
+    reached = torch.tensor([[len(context) >= budget for context in drawn] for drawn in draws])
+    reached = reached.double().mean(dim=1)  # [steps]
     # Sizes are drawn once for a step, so steps are what counts as a sample; 32 of them fixed the budget.
     error = float(reached.std()) * (1 / steps + 1 / 32) ** 0.5
     assert abs(float(reached.mean()) - 0.95) < 5 * error
@@ -257,7 +258,9 @@ def test_what_cannot_be_drawn_is_refused(settings: dict[str, Any], message: str)
         MultiBlockMasks(**{"grid": (14, 14), **settings})
 
 
-@pytest.mark.parametrize("image_index", [torch.tensor(3), torch.tensor([], dtype=torch.long), torch.ones(2, 2)])
+@pytest.mark.parametrize(
+    "image_index", [torch.tensor(3), torch.tensor([], dtype=torch.long), torch.ones(2, 2)]
+)
 def test_image_indices_are_one_list(image_index: Tensor) -> None:
     with pytest.raises(ValueError, match=r"image_index must be \[B\]"):
         MultiBlockMasks((14, 14)).sample(image_index)

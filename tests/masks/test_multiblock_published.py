@@ -1,4 +1,4 @@
-"""`truncate` draws as the published sampler does (arXiv:2301.08243), which is written here once more, plainly.
+"""`truncate` draws as the published sampler does (arXiv:2301.08243), which is written here again, plainly.
 
 The two cannot agree draw by draw, so averages are compared. Sizes are drawn once for a batch: batches, not
 images, are the sample that errors are computed from.
