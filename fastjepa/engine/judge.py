@@ -30,7 +30,7 @@ class Verdict:
     name: str
     knn_top1: float
     linear_top1: float
-    rankme: float  # of the mean-pooled features of the held-out images
+    rankme: float  # of the mean-pooled features of the held-out images, their mean taken off
     target_std: float | None = None  # of their tokens before the final norm; None for pixels
     between_image_std: float | None = None
 
@@ -128,7 +128,7 @@ class Judge:
             name,
             knn_top1=knn_accuracy(near, bank[1], asked, queries[1], k=min(self.probe.neighbours, len(near))),
             linear_top1=linear_accuracy(*bank, *queries, seed=self.seed).accuracy,
-            rankme=float(rankme(queries[0])),
+            rankme=float(rankme(queries[0] - queries[0].mean(dim=0))),
             target_std=None if hidden is None else float(token_std(hidden)),
             between_image_std=None if hidden is None else float(between_image_std(hidden)),
         )
