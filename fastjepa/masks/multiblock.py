@@ -16,6 +16,7 @@ from fastjepa.masks.types import Masks
 Mode = Literal["truncate", "budget", "packed"]
 TRIES = 20  # draws of a context before one more target is let go of
 _CALIBRATION_IMAGES, _CALIBRATION_STEPS = 128, 32
+_SPREAD = 1.1673039782614187  # the root of x**5 = x + 1; see MultiBlockMasks.budget_tokens
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,13 @@ class MultiBlockMasks:
             return self.context_tokens
         # The same draws whatever the seed: K is a property of the settings, not of a run.
         probe = replace(self, mode="packed", seed=0, context_tokens=None, target_tokens=None)
-        images = torch.arange(_CALIBRATION_IMAGES)
-        lengths = [
-            probe._draw(images, 0, probe.block_shapes(step)).allowed.flatten(1).sum(1)
-            for step in range(_CALIBRATION_STEPS)
-        ]
+        images = torch.arange(_CALIBRATION_STEPS * _CALIBRATION_IMAGES).split(_CALIBRATION_IMAGES)
+        lengths = []
+        for step, batch in enumerate(images):
+            # Sizes matter most, and a few random ones would be a poor sample. Multiples of the powers of
+            # 1 / _SPREAD are spread evenly over the four-dimensional unit cube.
+            spread = [(0.5 + step * _SPREAD**-power) % 1 for power in (1, 2, 3, 4)]
+            lengths.append(probe._draw(batch, 0, probe._shapes(spread)).allowed.flatten(1).sum(1))
         reached = torch.cat(lengths).sort().values
         reached_by_most = int(reached[int(0.05 * reached.numel())])
         smallest_context = self._smallest(self.context_scale, self.context_aspect)
@@ -144,7 +147,10 @@ class MultiBlockMasks:
 
     def block_shapes(self, step: int) -> tuple[BlockShape, BlockShape]:
         """The target and the context block of an optimizer step: the same for all images and ranks."""
-        draws = uniform(self.seed, Stream.BLOCK_SIZES, torch.tensor([step]), 0, 4)[0].tolist()
+        return self._shapes(uniform(self.seed, Stream.BLOCK_SIZES, torch.tensor([step]), 0, 4)[0].tolist())
+
+    def _shapes(self, draws: list[float]) -> tuple[BlockShape, BlockShape]:
+        """The target and the context block that four numbers in [0, 1) give."""
         published = self._as_published
 
         def shape(scale: Range, aspect: Range, first: float, second: float) -> BlockShape:

@@ -33,7 +33,7 @@ def _reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -
     slot = torch.where(valid, sequence * max_seqlen + place, sequences * max_seqlen)  # [T]
 
     padded = qkv.new_zeros(sequences * max_seqlen + 1, 3, heads, head_dim)
-    padded = padded.index_copy(0, slot, torch.where(valid[:, None, None, None], qkv, 0))
+    padded = padded.index_copy(0, slot, qkv)
     query, key, value = (
         padded[:-1].view(sequences, max_seqlen, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     )  # [S, H, L, d] each

@@ -131,6 +131,30 @@ def test_only_targets_that_stand_in_the_way_are_let_go_of(mode: Mode) -> None:
     assert 0 < overlapped[2] < overlapped[3]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_drawn_again_is_of_the_image_too(mode: Mode) -> None:
+    # As above, nearly every image takes many tries.
+    settings: dict[str, Any] = {"context_tokens": 27} if mode == "budget" else {}
+    sampler = MultiBlockMasks((7, 7), mode, context_scale=(0.85, 0.85), min_keep=26, **settings)
+    images = torch.arange(100, 132)
+    forward, backward = sampler.sample(images), sampler.sample(images.flip(0))
+    assert torch.equal(forward.targets, backward.targets.flip(1))
+    for one, other in zip(contexts_of(forward), reversed(contexts_of(backward)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("mode", "targets_stay"), [("truncate", True), ("packed", False)])
+def test_what_is_drawn_again_is_the_context_alone_as_published_or_the_whole_image(
+    mode: Mode, targets_stay: bool
+) -> None:
+    patient, eager = (
+        MultiBlockMasks((7, 7), mode, context_scale=(0.85, 0.85), min_keep=keep) for keep in (26, 0)
+    )
+    one, other = (sampler.sample(torch.arange(32)) for sampler in (patient, eager))
+    assert torch.equal(one.targets, other.targets) is targets_stay
+    assert not torch.equal(one.context, other.context)
+
+
 def test_nothing_is_let_go_of_where_the_grid_is_large() -> None:
     for mode in MODES:
         sampler = MultiBlockMasks((14, 14), mode)
@@ -176,13 +200,14 @@ def test_a_default_budget_is_what_95_of_100_draws_reach() -> None:
     budget = MultiBlockMasks((14, 14), "budget").budget_tokens
     assert budget == MultiBlockMasks((14, 14), "budget", seed=7).budget_tokens
     packed = MultiBlockMasks((14, 14), "packed", seed=1)
-    steps, images = 200, torch.arange(32)
-    draws = [contexts_of(packed.sample(images, step=step)) for step in range(steps)]
-    reached = torch.tensor([[len(context) >= budget for context in drawn] for drawn in draws])
-    reached = reached.double().mean(dim=1)  # [steps]
-    # Sizes are drawn once for a step, so steps are what counts as a sample; 32 of them fixed the budget.
-    error = float(reached.std()) * (1 / steps + 1 / 32) ** 0.5
-    assert abs(float(reached.mean()) - 0.95) < 5 * error
+    steps, images = 400, 16
+    draws = [packed.sample(torch.arange(images) + step * images, step=step) for step in range(steps)]
+    lengths = torch.tensor([[len(context) for context in contexts_of(masks)] for masks in draws])
+    for tokens, low, high in ((budget, 0.94, 1.0), (budget + 2, 0.0, 0.95)):
+        reached = (lengths >= tokens).double().mean(dim=1)  # [steps]: sizes are drawn once for a step
+        error = float(reached.std()) / steps**0.5
+        assert low - 3 * error < float(reached.mean()) < high + 3 * error
+        assert error < 0.01
 
 
 @QUICK

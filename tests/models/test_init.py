@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastjepa.models import Init, MAEDecoder, Predictor, VisionTransformer, ViTShape, initialise
 
-SHAPE = ViTShape((32, 32), 8, 192, 1, 3, class_token=True)
+SHAPE = ViTShape((16, 16), 4, 192, 1, 3, class_token=True)
 
 
 def initialised(scheme: Init, seed: int = 0) -> nn.ModuleDict:
