@@ -128,7 +128,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
 
             rates = run.schedule.at(step)
             outs = learner.step((batch.to(world.device) for batch in micro_batches), rates)
-            run.advance(outs, micro_batches[0])
+            run.advance(outs, micro_batches)
 
             done = step + 1
             if done % config.run.log_every == 0 or done == run.schedule.steps:

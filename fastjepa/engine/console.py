@@ -1,7 +1,8 @@
 """What a person sees of a run: one live view on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -42,8 +43,11 @@ class RunConsole:
     console: Console = field(default_factory=lambda: Console(soft_wrap=True, highlight=False))
     verdict: Verdict | None = None
     _live: Live | None = None
+    _warned: set[str] = field(default_factory=set)
 
     def __enter__(self) -> "RunConsole":
+        self._log = _Handler(self._warn_once)
+        logging.getLogger("fastjepa").addHandler(self._log)
         if self.active and sys.stdout.isatty() and not self.console.is_dumb_terminal:
             # Drawn when there is something new: a view that redraws itself cannot be selected or copied from.
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -56,6 +60,7 @@ class RunConsole:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        logging.getLogger("fastjepa").removeHandler(self._log)
         if self._live is not None:
             self._live.stop()
 
@@ -66,6 +71,12 @@ class RunConsole:
 
     def warn(self, text: str) -> None:
         if self.active:
+            self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def _warn_once(self, text: str) -> None:
+        """For what each rank finds out for itself, and at every pass over the images again."""
+        if text not in self._warned:
+            self._warned.add(text)
             self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     def show_verdict(self, step: int, verdict: Verdict) -> None:
@@ -89,6 +100,17 @@ class RunConsole:
         else:
             view = _view(self.title, progress, self.verdict, self.console.width)
             self._live.update(view, refresh=True)
+
+
+class _Handler(logging.Handler):
+    """Passes on what the lower layers log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
 
 
 def _line(p: Progress) -> str:

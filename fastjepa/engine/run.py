@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
@@ -50,6 +51,7 @@ class Run:
     Attributes:
         position: how far it is.
         summary: what report/summary.json holds.
+        unreadable: paths of the training images that this rank had to skip.
     """
 
     config: Config
@@ -63,6 +65,7 @@ class Run:
     schedule: Schedule
     clock: StepClock = field(default_factory=StepClock)
     summary: dict[str, Any] = field(default_factory=dict)
+    unreadable: set[str] = field(default_factory=set)
     _collapsing: bool = False
 
     def __post_init__(self) -> None:
@@ -149,9 +152,11 @@ class Run:
         found, _ = newest_good(self.folder.checkpoints)
         return f"The last good checkpoint is {found}." if found else "There is no checkpoint yet."
 
-    def advance(self, outs: list[Step], batch: Batch) -> None:
-        """Note one optimizer step, done on micro-batches like `batch`."""
-        self.recorder.add(outs, batch.masks)
+    def advance(self, outs: list[Step], micro_batches: list[Batch]) -> None:
+        """Note one optimizer step."""
+        self.recorder.add(outs, micro_batches[-1].masks)
+        for batch in micro_batches:
+            self.unreadable.update(batch.unreadable)
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
@@ -211,6 +216,9 @@ class Run:
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
+        unreadable: list[Any] = [None] * self.world.size
+        dist.all_gather_object(unreadable, self.unreadable, group=self.world.hosts)
+        self.unreadable = set().union(*unreadable)
         self.world.on_main(lambda: self._conclude(learner))
 
     def _conclude(self, learner: Learner) -> None:
@@ -232,6 +240,9 @@ class Run:
         self._write_summary()
         if verdicts:
             self.console.show_table(self.summary["probe"])
+        if self.unreadable:
+            count = f"{len(self.unreadable)} of {len(self.images.train)}"
+            self.console.say(f"{count} images could not be read and were skipped; they are named above")
 
     def _write_verdict(self, verdict: Verdict) -> None:
         position = {"step": self.position.step, "images": self.position.images_seen}

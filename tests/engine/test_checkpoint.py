@@ -31,16 +31,19 @@ from fastjepa.engine.checkpoint import (
     write_checkpoint,
 )
 
-POSITION = Position(step=7, images_seen=112, train_s=1.5, dataset_images=280, micro_batch=16, losses=(0.1, 2e-9))
+POSITION = Position(
+    step=7, images_seen=112, train_s=1.5, dataset_images=280, micro_batch=16, losses=(0.1, 2e-9)
+)
 VERSIONS = {"fastjepa": "0.1.0"}
-FILES = ["exp_avg.safetensors", "exp_avg_sq.safetensors", "manifest.json", "state.json", "student.safetensors"]
+TENSORS = ("exp_avg", "exp_avg_sq", "student")
+FILES = ["manifest.json", "state.json", *(f"{name}.safetensors" for name in TENSORS)]
 
 
 def some_tensors(seed: int = 0, numel: int = 12) -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: {"encoder.a": torch.randn(numel, generator=generator), "b": torch.randn(1, generator=generator)}
-        for name in ("student", "exp_avg", "exp_avg_sq")
+        for name in TENSORS
     }
 
 
@@ -52,7 +55,7 @@ def write(directory: Path, step: int = 7, numel: int = 12) -> Path:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = write(tmp_path)
     assert path == checkpoint_path(tmp_path, 7)
-    assert sorted(file.name for file in path.iterdir()) == FILES
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
     verify_checkpoint(path)
     checkpoint = load_checkpoint(path)
     assert checkpoint.position == POSITION
@@ -93,7 +96,7 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, name: str, how
     found, damaged = newest_good(tmp_path)
     assert found == good
     assert len(damaged) == 1
-    assert name in damaged[0]
+    assert name.partition(".")[0] in damaged[0]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,9 @@ def test_unknown_format_is_refused_with_the_version_that_wrote_it(tmp_path: Path
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("state", ["{}", "[]", '{"format": 1, "position": {}}', '{"format": 1, "position": 3}'])
+@pytest.mark.parametrize(
+    "state", ["{}", "[]", '{"format": 1, "position": {}}', '{"format": 1, "position": 3}']
+)
 def test_unreadable_state_is_an_error_of_ours(tmp_path: Path, state: str) -> None:
     path = write(tmp_path)
     (path / "state.json").write_text(state)
@@ -235,22 +240,21 @@ TRUNCATE = ["masks.mode=truncate"]
 
 
 @pytest.mark.parametrize(
-    ("position", "overrides", "refusal"),
+    ("start", "overrides", "refusal"),
     [
-        ({}, [], None),
-        ({}, ["speed.workers=0", "run.log_every=3", "probe.bank=9", "speed.accumulation=2"], None),
-        ({}, ["optim.lr=5e-4"], r"optim\.lr: 0\.001 -> 0\.0005"),
-        ({"dataset_images": 281}, [], "a set of 280 images, here are 281"),
-        ({"micro_batch": 8}, [], None),
-        ({"micro_batch": 8}, TRUNCATE, "micro-batches of 16 images, here they have 8"),
+        (POSITION, [], None),
+        (POSITION, ["speed.workers=0", "run.log_every=3", "probe.bank=9", "speed.accumulation=2"], None),
+        (POSITION, ["optim.lr=5e-4"], r"optim\.lr: 0\.001 -> 0\.0005"),
+        (replace(POSITION, dataset_images=281), [], "a set of 280 images, here are 281"),
+        (replace(POSITION, micro_batch=8), [], None),
+        (replace(POSITION, micro_batch=8), TRUNCATE, "micro-batches of 16 images, here they have 8"),
     ],
 )
 def test_what_a_run_may_go_on_from(
-    tmp_path: Path, position: dict[str, int], overrides: list[str], refusal: str | None
+    tmp_path: Path, start: Position, overrides: list[str], refusal: str | None
 ) -> None:
     there = load_config(None, TRUNCATE if overrides == TRUNCATE else [])
     checkpoint = Checkpoint(tmp_path, POSITION, there.to_dict(), {})
-    start = replace(POSITION, **position)
     if refusal is None:
         check_continues(checkpoint, start, load_config(None, overrides))
     else:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 STEPS = 90  # five epochs and a bit
 # Log lines do not fall on checkpoints: what a line averages must survive a stop too.
-RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=13", "probe.every_steps=26", "data.flip=0.5")
+RUN = (
+    f"optim.steps={STEPS}",
+    "run.log_every=4",
+    "run.save_every=13",
+    "probe.every_steps=26",
+    "data.flip=0.5",
+)
 SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s"}
 
 # Shared within a process: one uninterrupted run for the tests of this file.
