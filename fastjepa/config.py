@@ -170,7 +170,10 @@ class Config:
         whole = self.to_dict()
         part = {name: whole[name] for name in RESULT_SECTIONS}
         part["data"] = {k: v for k, v in whole["data"].items() if k not in ("root", "probe_root")}  # may move
-        return part | {"run": {"seed": self.run.seed, "init_from": self.run.init_from}}
+        return part | {
+            "run": {"seed": self.run.seed, "init_from": self.run.init_from},
+            "deepspeed": whole["deepspeed"],
+        }
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -308,6 +311,20 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
+# What the rest of the file says, and the deepspeed section may not say otherwise.
+_OURS_ALONE = {
+    "train_batch_size": "optim.global_batch",
+    "train_micro_batch_size_per_gpu": "optim.global_batch and speed.accumulation",
+    "gradient_accumulation_steps": "speed.accumulation",
+    "gradient_clipping": "optim.clip_grad",
+    "zero_optimization.stage": "speed.zero_stage",
+    "bf16.enabled": "optim.precision",
+    "fp16": "optim.precision",
+    "optimizer": "optim",
+    "scheduler": "optim",
+}
+
+
 def _check(config: Config) -> None:
     """What no single key shows."""
     model, optim, data = config.model, config.optim, config.data
@@ -317,5 +334,10 @@ def _check(config: Config) -> None:
         raise ConfigError("give one of optim.epochs and optim.steps, and null for the other")
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
+    for key, ours in _OURS_ALONE.items():
+        section, _, inner = key.partition(".")
+        given = config.deepspeed.get(section)
+        if given is not None and (not inner or (isinstance(given, dict) and inner in given)):
+            raise ConfigError(f"deepspeed.{key} is set through {ours} here")
     if data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")

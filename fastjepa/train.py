@@ -24,9 +24,8 @@ from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import deepspeed_config, join_world, leave_world
 from fastjepa.engine.learner import Learner, start_learner
-from fastjepa.engine.recorder import NonFinite
 from fastjepa.engine.run import Run
-from fastjepa.engine.stopping import Call, PeerFailed, StopRequest
+from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest
 from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
 
@@ -74,12 +73,12 @@ def pretrain(config: Config) -> int:
     model, folder = build_model(config), folder_of(config)
     if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
         load_initial_weights(model, config.run.init_from)
-    world.on_main(lambda: folder.open(config))
+    _lock = world.on_main(lambda: folder.open(config))  # held until the process ends
     stop = StopRequest()
 
     with RunConsole(world.is_main, title=config.run.name) as console:
         run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
-        run.judge_baselines()
+        run.judge_baselines(model)
         learner = start_learner(model, config, world)
         run.resume(learner)
         fit(run, learner, stop)
@@ -127,17 +126,18 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
                 break
 
             rates = run.schedule.at(step)
-            outs = learner.step((batch.to(world.device) for batch in micro_batches), rates)
-            run.advance(outs, micro_batches)
+            loss, last = learner.step((batch.to(world.device) for batch in micro_batches), rates)
+            run.advance(learner, loss, last, micro_batches)
 
             done = step + 1
-            if done % config.run.log_every == 0 or done == run.schedule.steps:
+            # The first line is what later signs of collapse are held against.
+            if done == 1 or done % config.run.log_every == 0 or done == run.schedule.steps:
                 run.log(learner, rates)
             with run.clock.paused():
-                if config.probe.every_steps and done % config.probe.every_steps == 0:
-                    run.judge_now(learner)
                 if done % config.run.save_every == 0 and run.save(learner):
                     saved_step = done
+                if config.probe.every_steps and done % config.probe.every_steps == 0:
+                    run.judge_now(learner)
     if saved_step != run.position.step and not run.save(learner):
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
     if call == Call.GIVE_UP:

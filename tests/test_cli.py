@@ -18,9 +18,6 @@ from fastjepa.interop.start import load_trained
 if TYPE_CHECKING:
     from tests.conftest import Trainer
 
-# Shared within a process: one run for the tests of this file.
-pytestmark = pytest.mark.xdist_group("cli")
-
 
 @pytest.fixture(scope="module")
 def run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPathFactory) -> Path:

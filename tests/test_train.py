@@ -24,9 +24,6 @@ LOGGED = {
 }  # fmt: skip
 PROBED = {"rankme", "knn_top1", "linear_top1"}
 
-# Shared within a process: one run for the tests of this file.
-pytestmark = pytest.mark.xdist_group("train")
-
 
 @pytest.fixture(scope="module")
 def finished(

@@ -38,12 +38,11 @@ class Batch:
     unreadable: dict[str, str]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """On a device; from pinned memory without waiting for the copy."""
+        """Pixels and masks on a device; from pinned memory without waiting for the copy."""
         device = torch.device(device)
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
-            image_index=self.image_index.to(device, non_blocking=True),
             masks=self.masks.to(device, non_blocking=True),
         )
 
@@ -51,7 +50,6 @@ class Batch:
         return replace(
             self,
             images=self.images.pin_memory(),
-            image_index=self.image_index.pin_memory(),
             masks=self.masks.pin_memory(),
         )
 

@@ -7,7 +7,16 @@ from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.schedules import Schedule
 from fastjepa.masks import MaskSampler, MultiBlockMasks, RandomMasks
-from fastjepa.models import SIZES, MAEDecoder, NamedSize, Predictor, VisionTransformer, ViTShape, initialise
+from fastjepa.models import (
+    SIZES,
+    Init,
+    MAEDecoder,
+    NamedSize,
+    Predictor,
+    VisionTransformer,
+    ViTShape,
+    initialise,
+)
 from fastjepa.objectives import JEPA, MAE
 
 
@@ -43,6 +52,12 @@ def _size(config: Config) -> NamedSize:
     )
 
 
+def build_heads(config: Config) -> dict[str, int]:
+    """The attention heads of each network, which its tensors do not show."""
+    size = _size(config)
+    return {"encoder": size.heads, "predictor": size.predictor_heads}
+
+
 def build_model(config: Config) -> JEPA | MAE:
     """A model with its initial weights, on the CPU, in fp32: the same on every rank."""
     size = _size(config)
@@ -59,8 +74,10 @@ def build_model(config: Config) -> JEPA | MAE:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     generator = torch.Generator().manual_seed(config.run.seed)
-    initialise(encoder, config.model.init, generator)
-    initialise(head, config.model.init, generator)
+    published: Init = "published" if config.objective.name == "jepa" else "mae"
+    scheme = published if config.model.init == "published" else config.model.init
+    initialise(encoder, scheme, generator)
+    initialise(head, scheme, generator)
     encoder.checkpoint_blocks = head.checkpoint_blocks = config.speed.checkpoint_blocks
     if isinstance(head, Predictor):
         return JEPA(encoder, head)

@@ -46,6 +46,7 @@ class Position:
         train_s: seconds spent training.
         dataset_images: images in the training set, whose order the position refers to.
         micro_batch: images per rank and forward pass, on which masks of mode `truncate` depend.
+        updates: optimizer steps that changed the weights, those skipped left out.
         losses: of the steps since the last log line, which the next one will average too.
     """
 
@@ -54,6 +55,7 @@ class Position:
     train_s: float
     dataset_images: int
     micro_batch: int
+    updates: int = 0
     losses: tuple[float, ...] = ()
 
 

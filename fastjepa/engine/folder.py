@@ -1,11 +1,12 @@
 """The folder of a run: config.yaml, metrics.jsonl, checkpoints/ and report/."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -41,21 +42,31 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "report" / "summary.json"
 
-    def open(self, config: Config) -> None:
+    def open(self, config: Config) -> TextIO:
         """Make the folder, or take it up again.
 
+        Returns:
+            A file whose lock keeps other processes out while it is open.
+
         Raises:
-            ConfigError: it cannot be written, or it holds a run of another configuration.
+            ConfigError: it cannot be written, is in use, or holds a run of another configuration.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.config.exists():
                 self._check_same_run(config)
+            lock = (self.path / ".lock").open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             replace_text(self.config, config.to_yaml())
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is training in {self.path}: wait for it, end it, or choose another run.dir"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; choose another run.dir"
             ) from error
+        return lock
 
     def _check_same_run(self, config: Config) -> None:
         try:

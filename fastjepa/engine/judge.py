@@ -10,7 +10,7 @@ from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.data.views import ImageSet
 from fastjepa.engine.images import RunImages
-from fastjepa.engine.recorder import NonFinite
+from fastjepa.engine.stopping import NonFinite
 from fastjepa.evaluation.collapse import between_image_std, rankme, token_std
 from fastjepa.evaluation.features import pixel_features, pool_features, standardise
 from fastjepa.evaluation.knn import knn_accuracy
@@ -18,7 +18,7 @@ from fastjepa.evaluation.linear import linear_accuracy
 from fastjepa.models import VisionTransformer
 
 BATCH = 256  # images per forward pass of an evaluation
-STD_IMAGES = 1024  # enough tokens for their standard deviation
+STD_IMAGES = 256  # enough tokens for their standard deviation
 PIXEL_SIZE = 32  # of raw pixels as features: at 224 x 224 x 3 a linear probe would have 150,000 inputs
 RAW_PIXELS, UNTRAINED = "raw pixels", "untrained encoder"
 
@@ -84,8 +84,8 @@ class Judge:
         probe, size = self.probe, min(self.size, PIXEL_SIZE)
         return self._judge(
             RAW_PIXELS,
-            pixel_features(self._batches(self.bank, probe.final_bank, size)),
-            pixel_features(self._batches(self.queries, probe.final_queries, size)),
+            self._pixels(self._batches(self.bank, probe.final_bank, size)),
+            self._pixels(self._batches(self.queries, probe.final_queries, size)),
         )
 
     def encoder(self, name: str, encoder: VisionTransformer, quick: bool = False) -> Verdict:
@@ -106,6 +106,17 @@ class Judge:
             pool_features(tokens, self._batches(self.queries, queries), self.device),
             torch.cat([tokens(images, final_norm=False) for images, _ in few]),
         )
+
+    @property
+    def note(self) -> str:
+        """How it judges, for the report."""
+        pixels = f"; raw pixels are views of {PIXEL_SIZE} x {PIXEL_SIZE}" if self.size > PIXEL_SIZE else ""
+        k = self.probe.neighbours
+        return f"kNN of {k} cosine neighbours and a linear probe, both on standardised features{pixels}"
+
+    def _pixels(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        features, labels = pixel_features(batches)
+        return features.to(self.device), labels.to(self.device)
 
     def _batches(
         self, images: ImageSet, limit: int, size: int | None = None

@@ -1,10 +1,12 @@
 """Processes, devices and DeepSpeed: everything between the command line and an engine that can step."""
 
 import importlib
+import io
 import logging
 import os
 import socket
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -12,6 +14,8 @@ from typing import Any, TypeVar, cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -19,7 +23,7 @@ from fastjepa.config import Config, ConfigError
 from fastjepa.engine.stopping import PeerFailed
 
 T = TypeVar("T")
-HOST_TIMEOUT = timedelta(minutes=60)  # rank 0 judges and saves while the others wait
+HOST_TIMEOUT = timedelta(hours=12)  # rank 0 judges and saves while the others wait
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,21 @@ def join_world(device: str) -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("speed.device is cuda, but torch sees no CUDA device here; use auto or cpu")
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ:  # a bare `python`: DeepSpeed would look for MPI
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise ConfigError(
+                "Slurm starts several tasks, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
+                "are not set, so each would be a run of its own: let torchrun start the processes"
+            )
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(where)
+    else:  # DeepSpeed would choose a GPU that it sees
+        set_accelerator(CPU_Accelerator())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
     setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
@@ -177,10 +186,11 @@ def start_engine(network: nn.Module, config: Config, world: World) -> DeepSpeedE
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    engine, *_ = deepspeed.initialize(
-        model=network,
-        optimizer=optimizer,
-        config=deepspeed_config(config, world.size),
-        dist_init_required=False,
-    )
+    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures past any log level
+        engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
     return engine

@@ -37,6 +37,8 @@ class Learner:
         partitions: where the fp32 masters are.
         target: the target encoder's shadow; None for MAE.
         grad_norm: of the last step, before clipping.
+        updates: optimizer steps that changed the weights; DeepSpeed skips those without finite gradients.
+        skipped_in_a_row: steps since the last of them.
     """
 
     model: JEPA | MAE
@@ -44,26 +46,31 @@ class Learner:
     partitions: list[Partition]
     target: ShardedTarget | None
     grad_norm: Tensor | float = 0.0
+    updates: int = 0
+    skipped_in_a_row: int = 0
 
-    def step(self, micro_batches: Iterable[Batch], rates: Rates) -> list[Step]:
-        """One optimizer step over `speed.accumulation` micro-batches; what each of them gave."""
+    def step(self, micro_batches: Iterable[Batch], rates: Rates) -> tuple[Tensor, Step]:
+        """One optimizer step over `speed.accumulation` micro-batches: its loss, and what the last gave."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rates.lr
             group["weight_decay"] = rates.weight_decay if group["decayed"] else 0.0
-        steps = []
+        losses: list[Tensor] = []
         for batch in micro_batches:
             out = self.model.step(self.engine, batch.images, batch.masks)
             self.engine.backward(out.loss)
             self._note_gradients()
             self.engine.step()
-            steps.append(out)
+            losses.append(out.loss.detach())
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             self.grad_norm = norm
-        # DeepSpeed may have skipped the update; the target must then stand still too.
-        if self.target is not None and self.engine.was_step_applied():
-            self.target.update(rates.momentum)
-        return steps
+        if self.engine.was_step_applied():
+            self.updates, self.skipped_in_a_row = self.updates + 1, 0
+            if self.target is not None:
+                self.target.update(rates.momentum)
+        else:  # then the target must stand still too
+            self.skipped_in_a_row += 1
+        return torch.stack(losses).mean(), out
 
     def _note_gradients(self) -> None:
         """Stage 0 in fp32 is a plain optimizer: DeepSpeed takes no norm of its gradients."""
@@ -89,10 +96,11 @@ class Learner:
             state["target"] = self.target.gather_shadow()
         return state
 
-    def load(self, student: Named, target: Named | None, moments: Mapping[str, Named], steps: int) -> None:
-        """Set everything from named fp32 tensors; `steps` is the optimizer's count, 0 for a fresh one."""
+    def load(self, student: Named, target: Named | None, moments: Mapping[str, Named], updates: int) -> None:
+        """Set everything from named fp32 tensors; `updates` is the optimizer's count, 0 for a fresh one."""
         load_weights(self.engine, self.partitions, student)
-        load_moments(self.engine, self.partitions, moments, steps)
+        load_moments(self.engine, self.partitions, moments, updates)
+        self.updates = updates
         if self.target is not None:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
@@ -112,7 +120,6 @@ def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:
         dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
         target = shard_target(model.target_encoder, partitions, dtype)
     learner = Learner(model, engine, partitions, target)
-    learner.load(
-        student, target_weights, {}, steps=0
-    )  # DeepSpeed's masters came by way of the network's precision
+    # DeepSpeed's masters came by way of the network's precision; these have all their bits.
+    learner.load(student, target_weights, {}, updates=0)
     return learner

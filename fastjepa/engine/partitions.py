@@ -127,9 +127,14 @@ def gather(partitions: list[Partition], parts: list[Tensor]) -> dict[str, Tensor
 
 
 def moments_of(engine: DeepSpeedEngine, partitions: list[Partition], moment: str) -> list[Tensor]:
-    """The flat optimizer moments beside each partition's master."""
+    """The flat optimizer moments beside each partition's master; zeros before the first update."""
     state = torch_optimizer(engine).state
-    return [state[partition.parameter][moment].view(-1) for partition in partitions]
+    return [
+        state[partition.parameter][moment].view(-1)
+        if partition.parameter in state
+        else torch.zeros_like(partition.master)
+        for partition in partitions
+    ]
 
 
 def load_weights(engine: DeepSpeedEngine, partitions: list[Partition], weights: Mapping[str, Tensor]) -> None:

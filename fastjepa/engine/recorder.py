@@ -9,6 +9,7 @@ from fastjepa.engine.launch import World
 from fastjepa.evaluation.collapse import (
     CollapseSigns,
     between_image_std,
+    prediction_std,
     rankme,
     token_std,
 )
@@ -16,10 +17,6 @@ from fastjepa.masks import Masks
 from fastjepa.objectives import Step
 
 RANK_TOKENS = 4096  # tokens whose effective rank is taken: several times any width
-
-
-class NonFinite(RuntimeError):
-    """The loss or the weights are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,10 @@ class Recorder:
     _losses: list[Tensor] = field(default_factory=list)
     _last: tuple[Step, Masks] | None = None
 
-    def add(self, outs: list[Step], masks: Masks) -> None:
-        """Note what the micro-batches of an optimizer step gave; `masks` are those of one."""
-        self._losses.append(torch.stack([out.loss.detach() for out in outs]).mean())
-        self._last = outs[-1], masks
+    def add(self, loss: Tensor, last: Step, masks: Masks) -> None:
+        """Note the loss of an optimizer step, and what its last micro-batch, with `masks`, gave."""
+        self._losses.append(loss)
+        self._last = last, masks
 
     def losses(self) -> tuple[float, ...]:
         """Of the steps since the last `read`, means over ranks (every rank must call this)."""
@@ -69,14 +66,14 @@ class Recorder:
         assert self._last is not None, "read after at least one step"
         step, masks = self._last
         tokens = step.hidden.flatten(0, 1)[:RANK_TOKENS]  # [B N, D]
-        predicted = step.prediction.flatten(0, -2)[:RANK_TOKENS]  # [M B P, D]
+        predicted = step.prediction.flatten(0, -2)  # [M B P, D]
         measures = torch.stack(
             [
                 token_std(step.hidden).double(),
                 between_image_std(step.hidden).double(),
                 rankme(tokens).double(),
-                predicted.double().std(dim=0).mean(),
-                rankme(predicted).double(),
+                prediction_std(step.prediction).double(),
+                rankme(predicted[:RANK_TOKENS]).double(),
             ]
         )
         *signs, prediction_rankme = measures.tolist()

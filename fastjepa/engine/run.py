@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
@@ -34,14 +35,16 @@ from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.metrics import MetricsFile
-from fastjepa.engine.recorder import NonFinite, Recorder
+from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule
+from fastjepa.engine.stopping import NonFinite
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
-from fastjepa.objectives import Step
+from fastjepa.objectives import JEPA, MAE, Step
 
 SNAPSHOT_IMAGES = 8
+MAX_SKIPPED = 3  # steps in a row without finite gradients before a run stops
 
 
 @dataclass
@@ -75,25 +78,44 @@ class Run:
         self.metrics = MetricsFile(self.folder.metrics)
         self.judge = Judge.of(self.images, self.config, self.world.device)
 
-    def judge_baselines(self) -> None:
-        """Judge raw pixels and the untrained encoder, and picture its features: once in a run."""
-        self.world.on_main(self._judge_baselines)
+    def judge_baselines(self, model: JEPA | MAE) -> None:
+        """Judge what training starts from, and raw pixels, and picture the features: once in a run.
 
-    def _judge_baselines(self) -> None:
+        Args:
+            model: at the start of the run, whose weights may come from `run.init_from`.
+        """
+        self.world.on_main(lambda: self._judge_baselines(model))
+
+    def _judge_baselines(self, model: JEPA | MAE) -> None:
         self.summary = self.folder.read_summary()
-        if self.summary:
+        if self.summary.get("judge") == self._judge_settings():
             return
-        model = build_model(self.config)
-        encoder = model.encoder.to(self.world.device)
+        start = model.target_encoder if isinstance(model, JEPA) else model.encoder
+        start.to(self.world.device)
+        first_time = not self.summary
         self.console.say(self.images.note)
-        self.summary = self._description()
+        self.summary |= self._description()
         if self.judge is not None:
-            verdicts = [self.judge.pixels(), self.judge.encoder(UNTRAINED, encoder)]
+            verdicts = [self.judge.pixels()]
+            if self.config.run.init_from is None and first_time:
+                verdicts.append(self.judge.encoder(UNTRAINED, start))
+            else:
+                untrained = build_model(self.config).encoder.to(self.world.device)
+                verdicts.append(self.judge.encoder(UNTRAINED, untrained))
+            if self.config.run.init_from is not None and first_time:
+                verdicts.append(self.judge.encoder("initial weights", start))
             for verdict in verdicts:
                 self.console.show_verdict(0, verdict)
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
-        self._snapshot(encoder)
+        self.summary["judge"] = self._judge_settings()
+        if first_time:
+            self._snapshot(start)
         self._write_summary()
+
+    def _judge_settings(self) -> dict[str, Any]:
+        """What rows of one table must have in common."""
+        queries = self.images.queries
+        return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
 
     def resume(self, learner: Learner) -> None:
         """Take up the newest good checkpoint of the folder, if there is one.
@@ -109,7 +131,7 @@ class Run:
             checkpoint = load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
             check_continues(checkpoint, self.position, self.config)
             tensors = checkpoint.tensors
-            learner.load(tensors["student"], tensors.get("target"), tensors, step)
+            learner.load(tensors["student"], tensors.get("target"), tensors, checkpoint.position.updates)
             self.recorder.earlier = checkpoint.position.losses
             self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()})
             self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
@@ -131,7 +153,7 @@ class Run:
         Raises:
             NonFinite: the weights, or losses that led to them, are not finite: it would be of no use.
         """
-        position = replace(self.position, losses=self._finite_losses())
+        position = replace(self.position, updates=learner.updates, losses=self._finite_losses())
         if self.world.worst(int(not learner.is_finite())):
             raise NonFinite(f"the weights are not finite after step {position.step}. {self.last_good()}")
         tensors = learner.gather()
@@ -152,14 +174,26 @@ class Run:
         found, _ = newest_good(self.folder.checkpoints)
         return f"The last good checkpoint is {found}." if found else "There is no checkpoint yet."
 
-    def advance(self, outs: list[Step], micro_batches: list[Batch]) -> None:
-        """Note one optimizer step."""
-        self.recorder.add(outs, micro_batches[-1].masks)
+    def advance(self, learner: Learner, loss: Tensor, last: Step, micro_batches: list[Batch]) -> None:
+        """Note one optimizer step.
+
+        Raises:
+            NonFinite: the gradients of the last few steps were not.
+        """
+        self.recorder.add(loss, last, micro_batches[-1].masks)
         for batch in micro_batches:
             self.unreadable.update(batch.unreadable)
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
+        if learner.skipped_in_a_row:
+            self.console.warn(f"step {step}: the gradients are not finite; the weights stay as they were")
+        if learner.skipped_in_a_row == MAX_SKIPPED:
+            self._finite_losses()  # says more, if the loss was not finite either
+            raise NonFinite(
+                f"the gradients were not finite in {MAX_SKIPPED} steps in a row, up to step {step}. "
+                f"{self.last_good()} A lower optim.lr, a longer warm-up or optim.clip_grad may help."
+            )
 
     def log(self, learner: Learner, rates: Rates) -> None:
         """Read what the last steps recorded, write a row of metrics and show where the run is.
@@ -249,7 +283,8 @@ class Run:
         self._write({**position, **verdict.as_metrics()})
 
     def _write(self, row: Mapping[str, float | int | str]) -> None:
-        failure = self.metrics.write(row)
+        # JSON has no infinity.
+        failure = self.metrics.write({k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)})
         if failure is not None:
             self.console.warn(failure)
 
@@ -323,7 +358,9 @@ class Run:
             "precision": self.config.optim.precision,
             "device": f"{self.world.size} x {name}",
             "versions": dict(versions()),
-            "probe_note": self.images.note,
+            "probe_note": self.images.note
+            if self.judge is None
+            else f"{self.images.note}; {self.judge.note}",
         }
 
     @torch.no_grad()

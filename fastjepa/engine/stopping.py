@@ -32,5 +32,9 @@ class StopRequest:
         return Call.GO_ON if self.signal is None else Call.SAVE_AND_STOP
 
 
+class NonFinite(RuntimeError):
+    """The loss, the gradients or the weights are no longer finite."""
+
+
 class PeerFailed(RuntimeError):
     """Another rank stopped; its own message says why."""

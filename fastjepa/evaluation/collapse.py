@@ -61,8 +61,8 @@ def collapse_warning(signs: CollapseSigns, start: CollapseSigns) -> str | None:
         )
     if signs.token_rankme < RANKME_FALL * start.token_rankme:
         return (
-            f"the target uses few dimensions (token_rankme {signs.token_rankme:.1f}, {start.token_rankme:.1f} at the start): "
-            "dimensional collapse, though every token may still differ"
+            f"the target uses few dimensions (token_rankme {signs.token_rankme:.1f}, "
+            f"{start.token_rankme:.1f} at the start): dimensional collapse, though tokens may still differ"
         )
     if signs.prediction_std < PREDICTION_STD_LOW * signs.target_std:
         return (

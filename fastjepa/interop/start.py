@@ -1,9 +1,10 @@
 """Continued pretraining: initial weights from a checkpoint, a run or a published file."""
 
 from pathlib import Path
+from typing import cast
 
 from fastjepa.config import ConfigError, parse_config
-from fastjepa.engine.build import build_model
+from fastjepa.engine.build import build_heads, build_model
 from fastjepa.engine.checkpoint import (
     STATE,
     Checkpoint,
@@ -14,6 +15,8 @@ from fastjepa.engine.checkpoint import (
 )
 from fastjepa.interop.official import load_strict
 from fastjepa.interop.published import State, read_published
+from fastjepa.models import HEADS_OF_WIDTH
+from fastjepa.models.block import Block
 from fastjepa.objectives import JEPA, MAE
 
 
@@ -27,7 +30,15 @@ def load_initial_weights(model: JEPA | MAE, source: str) -> None:
     """
     path = Path(source)
     try:
-        states = _states_of(load_checkpoint(find_checkpoint(path))) if path.is_dir() else _from_file(path)
+        if path.is_dir():
+            checkpoint = load_checkpoint(find_checkpoint(path))
+            _check_heads(model, build_heads(parse_config(checkpoint.config)))
+            states = _states_of(checkpoint)
+        else:
+            states = _from_file(path)
+            # Tensors do not show heads; a published width has its published number.
+            shape = model.encoder.shape
+            _check_heads(model, {"encoder": HEADS_OF_WIDTH.get(shape.width, shape.heads)})
         _load(model, states)
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"run.init_from {source}: {error}") from error
@@ -68,9 +79,20 @@ def _load(model: JEPA | MAE, states: dict[str, State]) -> None:
         raise ValueError(f"it has no {' and no '.join(missing)}: was it trained with another objective?")
     for name in wanted:
         network = getattr(model, name)
-        # Position tables are computed; our own checkpoints do not hold them.
+        # Position tables are computed, for an image size that may be another.
         tables = dict(network.named_buffers())
-        load_strict(network, tables | states[name], name)
+        load_strict(network, states[name] | tables, name)
+
+
+def _check_heads(model: JEPA | MAE, theirs: dict[str, int]) -> None:
+    """Shapes fit whatever the heads are, but the weights then mean something else."""
+    head = model.predictor.predictor_blocks if isinstance(model, JEPA) else None
+    ours = {"encoder": model.encoder.shape.heads}
+    if head is not None:
+        ours["predictor"] = cast(Block, head[0]).attn.heads
+    for name, heads in theirs.items():
+        if name in ours and ours[name] != heads:
+            raise ValueError(f"its {name} has {heads} heads, this one {ours[name]}: set model.heads alike")
 
 
 def _states_of(checkpoint: Checkpoint) -> dict[str, State]:

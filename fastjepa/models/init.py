@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-Init = Literal["published", "xavier"]
+Init = Literal["published", "xavier", "mae"]
 
 
 def initialise(model: nn.Module, scheme: Init, generator: torch.Generator) -> None:
@@ -17,7 +17,9 @@ def initialise(model: nn.Module, scheme: Init, generator: torch.Generator) -> No
     and N(0, 0.02) the position table swamps the pixels: at 4 x 4 x 1 pixels a patch would come in with
     a twelfth of this amplitude, and the content of the image is lost.
 
-    Either way biases are 0, LayerNorm is 1 and 0, class and mask tokens are N(0, 0.02).
+    "mae" (published for MAE): Xavier uniform for both, the patch embedding taken as a Linear.
+
+    Whichever it is, biases are 0, LayerNorm is 1 and 0, class and mask tokens are N(0, 0.02).
     """
 
     def normal_(tensor: torch.Tensor, std: float) -> None:
@@ -33,7 +35,7 @@ def initialise(model: nn.Module, scheme: Init, generator: torch.Generator) -> No
                     fan_out, fan_in = module.weight.flatten(1).shape
                     if scheme == "published":
                         normal_(module.weight, 0.02)
-                    elif isinstance(module, nn.Conv2d):
+                    elif scheme == "xavier" and isinstance(module, nn.Conv2d):
                         normal_(module.weight, fan_in**-0.5)
                     else:
                         bound = math.sqrt(6 / (fan_in + fan_out))

@@ -239,6 +239,7 @@ def _tidy(axes: Axes) -> None:
 def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
     """Write (value, text, colour) to the right of the axes, moved apart where values lie close together."""
     labels = sorted(labels)
+    axes.autoscale_view()  # limits are set lazily, and the last line drawn would not count yet
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = _spread([float(to_axes.transform((0, value))[1]) for value, _, _ in labels], gap=0.085)
     for height, (_, text, colour) in zip(heights, labels, strict=True):

@@ -4,6 +4,7 @@ Every combination trains the same 30 steps on the same images and is held to one
 out below. The worker processes run this file as a script: real gloo ranks under real DeepSpeed.
 """
 
+import copy
 import json
 import os
 import socket
@@ -24,7 +25,12 @@ from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.build import build_masks, build_model, build_schedule
+from fastjepa.engine.launch import World, join_world, leave_world
+from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.schedules import Rates
 from fastjepa.objectives import JEPA
+
+pytestmark = pytest.mark.xdist_group("agreement")  # one worker trains all cases, once
 
 STEPS = 30
 IMAGES = 10_000
@@ -39,6 +45,7 @@ class Case:
     precision: str = "fp32"
     clip: float = 0.0
     objective: str = "jepa"
+    recompute: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +57,8 @@ SPLITS = [
     (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 0, 2), (1, 1, 4), (1, 2, 2),
     (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 0, 2), (2, 1, 2), (2, 2, 4),
 ]  # fmt: skip
-FP32 = [Case(*split, mode) for mode in ("budget", "packed") for split in SPLITS]
+PACKED = [(1, 0, 1), (1, 1, 4), (1, 2, 2), (2, 0, 2), (2, 1, 1), (2, 2, 4)]
+FP32 = [Case(*split) for split in SPLITS] + [Case(*split, "packed") for split in PACKED]
 CLIPPED = [Case(*split, clip=0.05) for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 2, 2)]]
 MAE = [Case(1, 0, 1, objective="mae"), Case(2, 1, 1, objective="mae"), Case(2, 2, 2, objective="mae")]
 BF16 = [
@@ -58,7 +66,8 @@ BF16 = [
     for ranks in (1, 2)
     for stage, accumulation in [(0, 1), (1, 1), (1, 4), (2, 2)]
 ]
-CASES = FP32 + CLIPPED + MAE + BF16
+RECOMPUTED = [Case(1, 1, 1, recompute=True), Case(2, 2, 2, "packed", recompute=True)]
+CASES = FP32 + CLIPPED + MAE + RECOMPUTED + BF16
 
 
 def config_of(case: Case) -> Config:
@@ -74,6 +83,7 @@ def config_of(case: Case) -> Config:
             "optim.lr=5e-4", "optim.warmup_epochs=0.016", "optim.momentum=0.98",
             f"optim.clip_grad={case.clip}", f"optim.precision={case.precision}",
             f"speed.zero_stage={case.stage}", f"speed.accumulation={case.accumulation}", "speed.device=cpu",
+            f"speed.checkpoint_blocks={str(case.recompute).lower()}",
         ],
     )  # fmt: skip
 
@@ -150,9 +160,6 @@ def update_error(final: dict[str, Tensor], reference: dict[str, Tensor], start: 
 
 
 def run_worker(cases: list[Case], out: Path) -> None:
-    from fastjepa.engine.launch import join_world, leave_world
-    from fastjepa.engine.learner import start_learner
-
     torch.set_num_threads(1)
     world = join_world("cpu")
     for case in cases:
@@ -165,8 +172,8 @@ def run_worker(cases: list[Case], out: Path) -> None:
         for step in range(STEPS):
             target, rates = learner.target, schedule.at(step)
             before = [] if target is None else [shadow.clone() for shadow in target.shadow]
-            outs = learner.step([next(batches) for _ in range(case.accumulation)], rates)
-            losses.append(float(world.mean(torch.stack([o.loss.detach() for o in outs]).mean())))
+            loss, _ = learner.step([next(batches) for _ in range(case.accumulation)], rates)
+            losses.append(float(world.mean(loss)))
             if target is not None:
                 for p, old, new in zip(target.partitions, before, target.shadow, strict=True):
                     expected = torch.lerp(old, p.master, 1 - rates.momentum)
@@ -182,7 +189,24 @@ def run_worker(cases: list[Case], out: Path) -> None:
             save_file(tensors, out / f"{case.name}.safetensors")
             report = {"losses": losses, "shadow_error": worst}
             (out / f"{case.name}.json").write_text(json.dumps(report))
+        if case.precision == "bf16" and case.accumulation == 1:
+            check_skipped_step(learner, world, loader_of(config, world.rank, world.size), schedule.at(0))
     leave_world()
+
+
+def check_skipped_step(learner: Learner, world: World, batches: Iterator[Batch], rates: Rates) -> None:
+    """A gradient that is not finite on one rank: no rank moves weights, moments, shadow or count."""
+    parameter = next(learner.engine.module.parameters())
+    spoil = parameter.register_hook(lambda gradient: gradient * torch.inf if world.is_main else gradient)
+    before = copy.deepcopy(learner.gather())
+    learner.step([next(batches)], rates)
+    spoil.remove()
+    assert (learner.updates, learner.skipped_in_a_row) == (STEPS, 1)
+    for kind, tensors in learner.gather().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, before[kind][name]), (kind, name)
+    learner.step([next(batches)], rates)
+    assert (learner.updates, learner.skipped_in_a_row) == (STEPS + 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +251,7 @@ def read(results: Path, case: Case) -> tuple[list[float], float, dict[str, Tenso
     return report["losses"], report["shadow_error"], tensors
 
 
-@pytest.mark.parametrize("case", FP32 + CLIPPED + MAE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FP32 + CLIPPED + MAE + RECOMPUTED, ids=lambda case: case.name)
 def test_fp32_agrees_with_plain_torch(results: Path, case: Case) -> None:
     losses, shadow_error, tensors = read(results, case)
     expected, start, final = reference(case)

@@ -50,7 +50,7 @@ def test_features_improve_on_the_untrained_encoder_and_do_not_collapse(train: "T
 
 
 def test_collapse_is_warned_of_once_though_the_loss_is_low(train: "Trainer") -> None:
-    """Weights of N(0, .02) in so narrow a network give the target little to say; a high rate does the rest."""
+    """Weights of N(0, .02) in so narrow a network give a target little to say; a high rate does the rest."""
     done = train(
         *REAL,
         "optim.steps=150",
