@@ -114,6 +114,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
         pin_memory=world.device.type == "cuda",
     )
     saved_step = run.position.step
+    run.judge_if_due(learner)  # a run may have been killed between saving and judging
     run.clock.lap()
     call: int = Call.GO_ON
     failure: Exception | None = None
@@ -136,8 +137,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
             with run.clock.paused():
                 if done % config.run.save_every == 0 and run.save(learner):
                     saved_step = done
-                if config.probe.every_steps and done % config.probe.every_steps == 0:
-                    run.judge_now(learner)
+                run.judge_if_due(learner)
     if saved_step != run.position.step and not run.save(learner):
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
     if call == Call.GIVE_UP:

@@ -207,4 +207,4 @@ def test_full_disk_while_training(train: "Trainer") -> None:
     shutil.rmtree(train.run / "report")
     train("optim.steps=120").check()
     assert train.saved_steps[-1] == 120
-    assert [row["step"] for row in train.rows] == list(range(5, 125, 5))
+    assert [row["step"] for row in train.rows] == [1, *range(5, 125, 5)]

@@ -214,6 +214,20 @@ def test_only_what_changes_results_is_part_of_them(section: str, key: str) -> No
     assert differs == (decides and not may_move)
 
 
+def test_what_deepspeed_is_told_is_part_of_the_results_but_may_not_contradict_the_rest() -> None:
+    told = load_config(None, ["deepspeed.communication_data_type=fp32"])
+    assert differences(Config().results_part(), told.results_part()) == [
+        "deepspeed.communication_data_type: None -> fp32"
+    ]
+    for key, ours in (
+        ("train_batch_size=7", "optim.global_batch"),
+        ("zero_optimization.stage=3", "speed.zero_stage"),
+        ("fp16.enabled=true", "optim.precision"),
+    ):
+        with pytest.raises(ConfigError, match=f"deepspeed.* is set through {ours} here"):
+            load_config(None, [f"deepspeed.{key}"])
+
+
 def test_differences_name_nested_keys_and_both_values() -> None:
     old = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
     new = {"a": 1, "b": {"c": [1, 3], "d": 0}, "new": {}}

@@ -35,7 +35,7 @@ def finished(
 
 def test_metrics_have_one_row_for_each_logged_step(finished: "tuple[Trainer, Finished]") -> None:
     rows = finished[0].rows
-    assert [row["step"] for row in rows] == [5, 10, 15, 20, 23]
+    assert [row["step"] for row in rows] == [1, 5, 10, 15, 20, 23]
     for row in rows:
         assert row.keys() >= LOGGED
         assert (row.keys() >= PROBED) == (row["step"] in (10, 20, 23))

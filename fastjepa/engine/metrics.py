@@ -31,6 +31,10 @@ class MetricsFile:
         self._begin = self._end - len(kept[-1]) - 1 if kept else 0
         self._last = json.loads(kept[-1]) if kept else {}
 
+    def has(self, step: int, key: str) -> bool:
+        """Whether the last row is of `step`, and has `key`."""
+        return self._last.get("step") == step and key in self._last
+
     def write(self, row: Mapping[str, Value]) -> str | None:
         """Append a row, or add to the last one if it is of the same step.
 

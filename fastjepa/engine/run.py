@@ -232,17 +232,19 @@ class Run:
         self._watch(interval.signs)
         self.console.show_progress(self._progress(row))
 
-    def judge_now(self, learner: Learner) -> None:
-        """Probe on a part of the labelled images.
+    def judge_if_due(self, learner: Learner) -> None:
+        """Probe on a part of the labelled images, once at each multiple of `probe.every_steps`.
 
         Raises:
             NonFinite: there is nothing to judge any more.
         """
-        self._finite_losses()
-        self.world.on_main(lambda: self._judge_now(learner))
+        every, step = self.config.probe.every_steps, self.position.step
+        if every and step and step % every == 0:
+            self._finite_losses()
+            self.world.on_main(lambda: self._judge_now(learner))
 
     def _judge_now(self, learner: Learner) -> None:
-        if self.judge is None:
+        if self.judge is None or self.metrics.has(self.position.step, "knn_top1"):
             return
         verdict = self.judge.encoder("so far", learner.judged_encoder, quick=True)
         self._write_verdict(verdict)

@@ -30,16 +30,25 @@ def test_name_is_put_into_the_path() -> None:
 
 def test_same_run_is_taken_up_again_with_what_changes_no_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "deep" / "run")
-    folder.open(Config())
+    folder.open(Config()).close()
     again = load_config(None, ["speed.workers=9", "run.log_every=3", "probe.bank=7", "data.root=/moved"])
-    folder.open(again)
+    folder.open(again).close()
     assert load_config(folder.config) == again
-    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).open(Config()):
+        before = (tmp_path / "config.yaml").read_bytes()
+        with pytest.raises(ConfigError, match=f"another process is training in {tmp_path}: wait for it"):
+            RunFolder(tmp_path).open(load_config(None, ["run.log_every=3"]))
+        assert (tmp_path / "config.yaml").read_bytes() == before
+    RunFolder(tmp_path).open(Config()).close()
 
 
 def test_another_run_is_refused_with_the_difference_and_left_alone(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.open(Config())
+    folder.open(Config()).close()
     before = folder.config.read_bytes()
     with pytest.raises(ConfigError) as caught:
         folder.open(load_config(None, ["optim.lr=1e-4", "run.seed=3"]))
@@ -177,5 +186,5 @@ def test_full_disk_is_reported_once_and_leaves_no_torn_row(tmp_path: Path) -> No
 
 def test_configuration_of_a_folder_is_what_ran(tmp_path: Path) -> None:
     config = load_config(None, ["optim.betas=[0.8, 0.95]", "data.crop_scale=null", "run.name=ünïcode"])
-    RunFolder(tmp_path).open(config)
+    RunFolder(tmp_path).open(config).close()
     assert load_config(tmp_path / "config.yaml") == config == parse_config(config.to_dict())

@@ -1,5 +1,6 @@
 """Starting from weights that are there already."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,5 +165,6 @@ def test_optimizer_and_schedules_start_afresh(train: "Trainer", config: Config) 
         )
     [row] = train.rows
     assert row["step"] == 1
-    # Its baseline is the untrained encoder, not the one it starts from.
-    assert "untrained encoder" in (train.run / "report" / "summary.json").read_text()
+    probed = json.loads((train.run / "report" / "summary.json").read_text())["probe"]
+    assert [row["name"] for row in probed][:3] == ["raw pixels", "untrained encoder", "initial weights"]
+    assert probed[2]["knn_top1"] == probed[3]["knn_top1"], "it stood still"
