@@ -26,7 +26,7 @@ train: $(TRAIN) ## Train on Fashion-MNIST, embedded; ARGS="section.key=value" ch
 	$(BIN)/python fastjepa/train.py --config configs/fashion_mnist.yaml $(ARGS)
 
 test: $(DEV) ## Run the tests, one process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -p no:benchmark $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
 # Its files are bench/bench_*.py. Set up nothing while there are none.
 ifneq ($(wildcard bench/bench_*.py),)

@@ -18,9 +18,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The build is shared within a process, so one process of pytest-xdist takes all of this file.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 # All that an install without extras may ask for.
 BASE = {"torch", "numpy", "safetensors"}
 

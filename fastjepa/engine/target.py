@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import fastjepa_kernels as fk
 from fastjepa.engine.partitions import Partition, gather
 
+# torch 2.14 renames it and warns of the old name; 2.11 knows the old one alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 ENCODER = "encoder."  # how the names of the encoder's parameters begin in the student
 
 
@@ -70,7 +72,7 @@ class ShardedTarget:
     def _gather_working(self, parts: list[Tensor]) -> None:
         for partition, whole, part in zip(self.partitions, self.working, parts, strict=True):
             if not partition.is_whole:
-                dist.all_gather_into_tensor(whole, part)
+                _all_gather(whole, part)
 
 
 def shard_target(target_encoder: nn.Module, partitions: list[Partition], dtype: torch.dtype) -> ShardedTarget:

@@ -30,8 +30,6 @@ from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.schedules import Rates
 from fastjepa.objectives import JEPA
 
-pytestmark = pytest.mark.xdist_group("agreement")  # one worker trains all cases, once
-
 STEPS = 30
 IMAGES = 10_000
 
