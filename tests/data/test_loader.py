@@ -129,10 +129,11 @@ def test_what_does_not_fit_together_is_refused_at_once(images: ImageFolder) -> N
         make_loader(images, MASKS, order, rank=2, world_size=2, **settings)
 
 
-def test_a_batch_moves_to_a_device_whole(images: ImageFolder) -> None:
+def test_pixels_and_masks_move_to_a_device_and_image_numbers_stay(images: ImageFolder) -> None:
     batch = load(images, last_step=1)[0].to("meta")
-    tensors = [batch.images, batch.image_index, batch.masks.context, batch.masks.targets]
+    tensors = [batch.images, batch.masks.context, batch.masks.targets]
     assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert batch.image_index.device.type == "cpu"
     assert (batch.step, batch.epoch) == (0, 0)
 
 
