@@ -6,6 +6,8 @@ adds the optional extension fastjepa_kernels._C, built with ninja from the sourc
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,10 +50,27 @@ def refuse(reason: str) -> NoReturn:
     raise SystemExit(f"FASTJEPA_BUILD_EXT={os.environ['FASTJEPA_BUILD_EXT']}: {reason}")
 
 
+def find_nvcc() -> tuple[int, int] | None:
+    """The version of nvcc, if there is one. Sets CUDA_HOME to its toolkit: on PATH may be a script."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    plan = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    version = re.search(r"release (\d+)\.(\d+)", said)
+    toolkit = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    if version is None or toolkit is None:
+        refuse(f"{nvcc} does not say its version and where its toolkit is. Is it NVIDIA's compiler?")
+    os.environ["CUDA_HOME"] = os.path.realpath(toolkit[1])
+    return int(version[1]), int(version[2])
+
+
 def native_extension() -> dict[str, Any]:
     """The arguments of setup() that compile csrc/ into fastjepa_kernels._C; none unless FASTJEPA_BUILD_EXT=1.
 
-    C++ sources are always built, CUDA sources where nvcc is found, with FASTJEPA_WITH_CUDA defined.
+    C++ sources are always built; those in csrc/cuda, with FASTJEPA_WITH_CUDA defined, where nvcc is found
+    and torch is for the same CUDA.
     """
     asked = os.environ.get("FASTJEPA_BUILD_EXT", "")
     if asked in ("", "0"):
@@ -59,33 +78,42 @@ def native_extension() -> dict[str, Any]:
     if asked != "1":
         refuse("1 builds the extension fastjepa_kernels._C; 0, or leaving it unset, does not.")
 
-    # setuptools wants paths relative to this file.
-    cpp = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-    cuda = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cu"))
-    if not cpp and not cuda:
-        refuse("csrc/ holds no *.cpp or *.cu to build. Unset it: every op works without the extension.")
+    if shutil.which("ninja") is None:
+        refuse("the extension is built with ninja, which is not on PATH. Run: pip install ninja")
+    nvcc = find_nvcc()  # before torch, which looks for CUDA when it is imported
     try:
+        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         refuse(
             f"the extension compiles against torch, and here: {error}. Install torch and ninja, then "
             "build in that environment: pip install --no-build-isolation ."
         )
-    if not cpp_extension.is_ninja_available():
-        refuse("the extension is built with ninja, which is not on PATH. Run: pip install ninja")
 
-    has_nvcc = cpp_extension.CUDA_HOME is not None and Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists()
-    if cuda and not has_nvcc:
-        if not cpp:
-            refuse("csrc/ holds CUDA sources alone, and no nvcc was found. Set CUDA_HOME.")
-        print(f"No nvcc found, so left out of fastjepa_kernels._C: {', '.join(cuda)}", file=sys.stderr)
+    def sources(pattern: str) -> list[str]:
+        # setuptools wants paths relative to this file.
+        return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
 
-    options: dict[str, Any] = {"name": "fastjepa_kernels._C", "include_dirs": [str(ROOT / "csrc")]}
-    if cuda and has_nvcc:
-        macros = [("FASTJEPA_WITH_CUDA", "1")]
-        extension = cpp_extension.CUDAExtension(sources=cpp + cuda, define_macros=macros, **options)
+    with_cuda = False
+    if nvcc is not None and str(torch.version.cuda).split(".")[0] == str(nvcc[0]):
+        with_cuda, blackwell = True, nvcc >= (12, 8)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
     else:
-        extension = cpp_extension.CppExtension(sources=cpp, **options)
+        found = "no nvcc" if nvcc is None else f"nvcc {nvcc[0]}.{nvcc[1]} and torch for {torch.version.cuda}"
+        print(f"Left csrc/cuda out of fastjepa_kernels._C: found {found}", file=sys.stderr)
+    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    # Linking against no OpenMP of its own, the extension runs on the threads of torch.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    # Without -fno-trapping-math, loops with a comparison in them stay scalar. No value changes.
+    loops = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *openmp]
+    extension = make(
+        name="fastjepa_kernels._C",
+        sources=sources("*.cpp") + (sources("cuda/*.cpp") + sources("cuda/*.cu") if with_cuda else []),
+        depends=sources("**/*.h"),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("FASTJEPA_WITH_CUDA", "1")] if with_cuda else [],
+        extra_compile_args={"cxx": loops, "nvcc": ["-O3"]},
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
@@ -114,7 +142,7 @@ setup(
         "fastjepa": ["py.typed"],
         "fastjepa.data.fashion_mnist": ["*"],
         "fastjepa.report": ["*.html", "*.css"],
-        "fastjepa_kernels": ["py.typed"],
+        "fastjepa_kernels": ["py.typed", "tables/*.json"],
     },
     entry_points={"console_scripts": ["fastjepa = fastjepa.cli:main"]},
     **native_extension(),

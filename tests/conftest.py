@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+
+# Where there is no GPU, Triton's kernels are run by its interpreter. It has to be asked for before they
+# are defined: before any test imports fastjepa_kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "fastjepa" / "train.py"
@@ -68,7 +74,7 @@ class Trainer:
     @property
     def environment(self) -> dict[str, str]:
         """This process's, with one thread for each of those started, and without what a launcher has set."""
-        launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "DS_ACCELERATOR", "FASTJEPA_")
+        launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "DS_ACCELERATOR", "FASTJEPA_", "TRITON_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
         # Launchers look for `python` and each other on PATH.
         return kept | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}

@@ -107,7 +107,9 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path, checkout: li
         names = archive.namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
     in_checkout = {
-        name.removeprefix("kernels/") for name in checkout if name.startswith(("fastjepa/", "kernels/"))
+        name.removeprefix("kernels/")
+        for name in checkout
+        if name.startswith(("fastjepa/", "kernels/fastjepa_kernels/"))
     }
     assert shipped == in_checkout
     assert {"fastjepa/py.typed", "fastjepa_kernels/py.typed"} <= shipped
@@ -222,8 +224,8 @@ def test_command_is_installed(bare_install: Path) -> None:
 
 
 @pytest.fixture
-def without_sources(copy: Path, tmp_path: Path) -> Path:
-    """As much of the checkout as setup.py reads, with an empty csrc/."""
+def nothing_to_compile(copy: Path, tmp_path: Path) -> Path:
+    """As much of the checkout as setup.py reads, with an empty csrc/: what is there takes a minute."""
     for name in ("setup.py", "README.md", "LICENSE", "fastjepa/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copyfile(copy / name, tmp_path / name)
@@ -234,14 +236,20 @@ def without_sources(copy: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("value", "answer"), [("1", "csrc/ holds no"), ("yes", "1 builds the extension")])
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        ({"FASTJEPA_BUILD_EXT": "yes"}, "1 builds the extension"),
+        ({"FASTJEPA_BUILD_EXT": "1", "PATH": "/nowhere"}, "built with ninja, which is not on PATH"),
+    ],
+)
 def test_an_extension_that_cannot_be_built_ends_the_build(
-    without_sources: Path, value: str, answer: str
+    nothing_to_compile: Path, variables: dict[str, str], answer: str
 ) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext"],
-        cwd=without_sources,
-        env=build_environment(FASTJEPA_BUILD_EXT=value),
+        cwd=nothing_to_compile,
+        env=build_environment(**variables),
         capture_output=True,
         text=True,
     )
@@ -257,14 +265,14 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 
 @pytest.mark.skipif(not (which("c++") and which("ninja")), reason="needs a C++ compiler and ninja")
-def test_sources_in_csrc_become_the_extension(without_sources: Path) -> None:
-    (without_sources / "csrc" / "module.cpp").write_text(MODULE)
+def test_sources_in_csrc_become_the_extension(nothing_to_compile: Path) -> None:
+    (nothing_to_compile / "csrc" / "module.cpp").write_text(MODULE)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    run(command, cwd=without_sources, env=build_environment(FASTJEPA_BUILD_EXT="1"))
+    run(command, cwd=nothing_to_compile, env=build_environment(FASTJEPA_BUILD_EXT="1"))
     look = [
         sys.executable,
         "-c",
         "import torch, fastjepa_kernels._C as C; print(C.__file__)",
     ]
-    said = run(look, cwd=without_sources / "kernels", env=build_environment())
-    assert Path(said.strip()).parent == without_sources / "kernels" / "fastjepa_kernels"
+    said = run(look, cwd=nothing_to_compile / "kernels", env=build_environment())
+    assert Path(said.strip()).parent == nothing_to_compile / "kernels" / "fastjepa_kernels"

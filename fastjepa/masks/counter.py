@@ -4,8 +4,7 @@ Masks, augmentations and the order of images are all functions of (seed, epoch, 
 index, step). No generator is carried along, so nothing has to be saved, and neither the
 number of workers nor the number of ranks can change what an image gets.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-written in int64 tensor arithmetic: the same bits on every device.
+The generator is Philox, in int64 tensor arithmetic: the same bits on every device.
 """
 
 from enum import IntEnum
@@ -13,10 +12,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_LOW32 = 0xFFFF_FFFF
-_MULTIPLIERS = (0xD251_1F53, 0xCD9E_8D57)
-_KEY_INCREMENTS = (0x9E37_79B9, 0xBB67_AE85)
-_ROUNDS = 10
+from fastjepa_kernels import choice
+from fastjepa_kernels.checks import require, require_index_values
+from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.philox import LOW32, philox
 
 
 class Stream(IntEnum):
@@ -31,34 +30,6 @@ class Stream(IntEnum):
     CROP = 6
     FLIP = 7
     IMAGE_ORDER = 8
-
-
-def _multiply_high_low(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    # A product of two 32-bit numbers overflows int64, so it is put together from halves.
-    low_half, high_half = x & 0xFFFF, x >> 16
-    low_product, high_product = low_half * multiplier, high_half * multiplier
-    middle = high_product + (low_product >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_product & 0xFFFF)
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four 32-bit words for each 128-bit counter.
-
-    Args:
-        counter: four int64 tensors that broadcast, each in [0, 2**32).
-        key: two integers in [0, 2**32).
-
-    Returns:
-        Four int64 tensors of the broadcast shape, each in [0, 2**32).
-    """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply_high_low(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply_high_low(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW32, (k1 + _KEY_INCREMENTS[1]) & _LOW32
-    return c0, c1, c2, c3
 
 
 def random_words(
@@ -76,14 +47,30 @@ def random_words(
 
     Returns:
         int64 [B, count] in [0, 2**32), on the device of `index`.
+
+    Raises:
+        ValueError: the epoch, or on the CPU an index, is out of range.
     """
+    key = (seed & LOW32, (seed >> 32) & LOW32)
+    return _WAYS(choice.preference(), index.device, index.long(), key, int(stream), epoch, count, attempt)
+
+
+def _reference(
+    index: Tensor, key: tuple[int, int], stream: int, epoch: int, count: int, attempt: int
+) -> Tensor:
+    require_index_values("index", index, 1 << 32)
+    require(0 <= epoch < 1 << 32, f"epoch must lie in 0..2**32-1, got {epoch}")
     blocks = torch.arange(-(-count // 4), device=index.device)  # [ceil(count / 4)]
-    purpose = torch.tensor((int(stream) << 12) | attempt, device=index.device)
-    words = philox(
-        (blocks[None, :], index[:, None].long(), torch.tensor(epoch, device=index.device), purpose),
-        (seed & _LOW32, (seed >> 32) & _LOW32),
-    )
+    purpose = torch.tensor((stream << 12) | attempt, device=index.device)
+    words = philox((blocks[None, :], index[:, None], torch.tensor(epoch, device=index.device), purpose), key)
     return torch.stack(words, dim=-1).flatten(1)[:, :count]  # [B, count]
+
+
+def _native(index: Tensor, key: tuple[int, int], stream: int, epoch: int, count: int, attempt: int) -> Tensor:
+    return torch.ops.fastjepa_native.random_words(index, key, stream, epoch, count, attempt)
+
+
+_WAYS = Ways("random_words", Way("cpp", _native), Way("torch", _reference))
 
 
 def uniform(seed: int, stream: Stream, index: Tensor, epoch: int, count: int, attempt: int = 0) -> Tensor:

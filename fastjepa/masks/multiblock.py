@@ -12,9 +12,14 @@ from fastjepa.masks.blocks import BlockShape, Range, block_shape, smallest_area
 from fastjepa.masks.counter import Stream, below, random_words, uniform
 from fastjepa.masks.random_masks import choose
 from fastjepa.masks.types import Masks
+from fastjepa_kernels import choice
+from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.multiblock import multiblock_masks
+from fastjepa_kernels.philox import LOW32
 
 Mode = Literal["truncate", "budget", "packed"]
 TRIES = 20  # draws of a context before one more target is let go of
+_MOST_BLOCKS = (1 << 12) // TRIES - 1  # a counter has 12 bits for the number of a try
 _CALIBRATION_IMAGES, _CALIBRATION_STEPS = 128, 32
 _SPREAD = 1.1673039782614187  # the root of x**5 = x + 1; see MultiBlockMasks.budget_tokens
 
@@ -65,8 +70,10 @@ class MultiBlockMasks:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mask mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
-        if self.target_blocks < 1:
-            raise ValueError(f"there must be at least one target block, got {self.target_blocks}")
+        if not 1 <= self.target_blocks <= _MOST_BLOCKS:
+            raise ValueError(
+                f"there must be at least one target block, at most {_MOST_BLOCKS}, got {self.target_blocks}"
+            )
         if self.min_keep < 0:
             raise ValueError(f"min_keep must be 0 or more, got {self.min_keep}")
         if self.mode != "budget" and not (self.context_tokens is None and self.target_tokens is None):
@@ -99,6 +106,11 @@ class MultiBlockMasks:
                 f"{smallest_target} patches or more (1 needed), context blocks {smallest_context} or more "
                 f"(more than min_keep = {self.min_keep} needed). Use a larger image or smaller patches, "
                 f"or lower min_keep."
+            )
+        if self.target_blocks * rows * columns >= 1 << 18:
+            raise ValueError(
+                f"a grid of {rows} x {columns} patches is too large for {self.target_blocks} target blocks: "
+                f"target_blocks * patches must stay below 2**18, the random numbers that an image has"
             )
         for name, tokens, most in (
             ("context_tokens", self.context_tokens, smallest_context),
@@ -139,7 +151,9 @@ class MultiBlockMasks:
             # Sizes matter most, and a few random ones would be a poor sample. Multiples of the powers of
             # 1 / _SPREAD are spread evenly over the four-dimensional unit cube.
             spread = [(0.5 + step * _SPREAD**-power) % 1 for power in (1, 2, 3, 4)]
-            lengths.append(probe._draw(batch, 0, probe._shapes(spread)).allowed.flatten(1).sum(1))
+            masks = probe._sample(batch, 0, probe._shapes(spread))
+            assert masks.cu_seqlens is not None, "packed"
+            lengths.append(masks.cu_seqlens.diff())
         reached = torch.cat(lengths).sort().values
         reached_by_most = int(reached[int(0.05 * reached.numel())])
         smallest_context = self._smallest(self.context_scale, self.context_aspect)
@@ -168,11 +182,38 @@ class MultiBlockMasks:
             image_index: int64 [B], the images' numbers in their data set.
             epoch: places differ from one epoch to the next.
             step: the optimizer step, which fixes the sizes of the blocks.
+
+        Raises:
+            ValueError: no image, or an epoch or, on the CPU, an image's number outside 0..2**32-1.
         """
         if image_index.ndim != 1 or image_index.numel() == 0:
             raise ValueError(f"image_index must be [B] with B > 0, got {list(image_index.shape)}")
-        target, context = self.block_shapes(step)
-        draw = self._draw(image_index, epoch, (target, context))
+        return self._sample(image_index, epoch, self.block_shapes(step))
+
+    def _sample(self, image_index: Tensor, epoch: int, shapes: tuple[BlockShape, BlockShape]) -> Masks:
+        return _WAYS(choice.preference(), image_index.device, self, image_index, epoch, shapes)
+
+    def _native(self, image_index: Tensor, epoch: int, shapes: tuple[BlockShape, BlockShape]) -> Masks:
+        tokens = (self.budget_tokens, self.block_tokens) if self.mode == "budget" else (0, 0)
+        target, context = ((shape.height, shape.width) for shape in shapes)
+        return Masks(
+            *multiblock_masks(
+                image_index.long(),
+                (self.seed & LOW32, (self.seed >> 32) & LOW32),
+                epoch,
+                self.grid,
+                target,
+                context,
+                self.target_blocks,
+                self.min_keep,
+                self.mode,
+                *tokens,
+            )
+        )
+
+    def _reference(self, image_index: Tensor, epoch: int, shapes: tuple[BlockShape, BlockShape]) -> Masks:
+        draw = self._draw(image_index, epoch, shapes)
+        target = shapes[0]
         allowed = draw.allowed.flatten(1)  # [B, N]
         lengths = allowed.sum(dim=1)  # [B]
 
@@ -245,6 +286,11 @@ class MultiBlockMasks:
         top = below(words[..., 0], self.grid[0] - shape.height + last)
         left = below(words[..., 1], self.grid[1] - shape.width + last)
         return torch.stack([top, left], dim=-1)
+
+
+_WAYS = Ways(
+    "multiblock_masks", Way("cpp", MultiBlockMasks._native), Way("torch", MultiBlockMasks._reference)
+)
 
 
 @dataclass

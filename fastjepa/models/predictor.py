@@ -7,7 +7,7 @@ from fastjepa.models.block import NORM_EPS, Block
 from fastjepa.models.positions import sincos_2d
 from fastjepa.models.sequences import Sequences, equal_sequences
 from fastjepa.models.vit import run_blocks
-from fastjepa_kernels.checks import require, require_index, shape_of
+from fastjepa_kernels.checks import require, require_index, require_index_values, shape_of
 
 
 class Predictor(nn.Module):
@@ -52,9 +52,10 @@ class Predictor(nn.Module):
         batch = context.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         require(
             target_index.ndim == 3 and target_index.shape[1] == batch,
-            f"target_index must be [M, B, P] with B = {batch}, got {shape_of(target_index)}",
+            lambda: f"target_index must be [M, B, P] with B = {batch}, got {shape_of(target_index)}",
         )
-        require_index("target_index", target_index, positions.shape[0])
+        require_index("target_index", target_index)
+        require_index_values("target_index", target_index, positions.shape[0])
         seen = self.predictor_embed(context) + positions[context_index.long()]  # [B, K, d] or [T, d]
         asked = self.mask_token[0] + positions[target_index.long()]  # [M, B, P, d]
         if cu_seqlens is None:

@@ -3,10 +3,28 @@
 Every op is exact, differentiable where it can be, and works on somebody else's tensors.
 """
 
+from fastjepa_kernels import integrations, nn
 from fastjepa_kernels.attention import packed_attention
+from fastjepa_kernels.averaging import EMA
+from fastjepa_kernels.choice import implementations, use
 from fastjepa_kernels.ema import ema_update_
 from fastjepa_kernels.gather import gather_tokens
 from fastjepa_kernels.loss import jepa_loss
 from fastjepa_kernels.patchify import patchify_gather
+from fastjepa_kernels.quantize import quantize_rows_
+from fastjepa_kernels.rounding import StochasticRounding
 
-__all__ = ["ema_update_", "gather_tokens", "jepa_loss", "packed_attention", "patchify_gather"]
+__all__ = [
+    "EMA",
+    "StochasticRounding",
+    "ema_update_",
+    "gather_tokens",
+    "implementations",
+    "integrations",
+    "jepa_loss",
+    "nn",
+    "packed_attention",
+    "patchify_gather",
+    "quantize_rows_",
+    "use",
+]

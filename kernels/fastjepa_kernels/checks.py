@@ -1,15 +1,21 @@
 """What every op checks before it reads or writes a byte: errors that name the argument."""
 
+import itertools
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_DEBUG = os.environ.get("FASTJEPA_DEBUG", "0") == "1"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError unless `condition`; a message that takes work to put together comes as a function."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -17,40 +23,58 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def require_float(name: str, tensor: Tensor) -> None:
-    require(tensor.dtype in FLOAT_DTYPES, f"{name} must be floating point, got {shape_of(tensor)}")
+    require(tensor.dtype in FLOAT_DTYPES, lambda: f"{name} must be floating point, got {shape_of(tensor)}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {tensor.device for tensor in present.values()}
-    listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in present.items())
-    require(len(devices) <= 1, f"all tensors must be on one device, got {listing}")
+    require(
+        len(devices) <= 1,
+        lambda: (
+            "all tensors must be on one device, got "
+            + ", ".join(f"{name} on {tensor.device}" for name, tensor in present.items())
+        ),
+    )
 
 
-def require_index(name: str, index: Tensor, bound: int) -> None:
-    """Integer dtype always; the range on the CPU only, where looking costs no synchronisation."""
-    require(index.dtype in INDEX_DTYPES, f"{name} must hold integers, got {shape_of(index)}")
-    if index.device.type == "cpu" and index.numel() > 0:
-        low, high = int(index.min()), int(index.max())
-        require(low >= 0 and high < bound, f"{name} must lie in 0..{bound - 1}, got {low}..{high}")
+def values_are_checked(tensor: Tensor) -> bool:
+    """On the CPU always; on a GPU, where looking waits for the device, only under FASTJEPA_DEBUG=1."""
+    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and _DEBUG)
 
 
-def require_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
-    """int32 [S + 1], starting at 0, never decreasing, ending at most at `tokens`."""
+def require_index(name: str, index: Tensor) -> None:
+    require(index.dtype in INDEX_DTYPES, lambda: f"{name} must hold integers, got {shape_of(index)}")
+
+
+def require_index_values(name: str, index: Tensor, bound: int) -> None:
+    """Each in 0..bound-1. For the inside of an op."""
+    if values_are_checked(index) and index.numel() > 0:
+        low, high = (int(end) for end in index.aminmax())
+        require(low >= 0 and high < bound, lambda: f"{name} must lie in 0..{bound - 1}, got {low}..{high}")
+
+
+def require_cu_seqlens(cu_seqlens: Tensor) -> None:
     require(
         cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
-        f"cu_seqlens must be int32 [sequences + 1], got {shape_of(cu_seqlens)}",
+        lambda: f"cu_seqlens must be int32 [sequences + 1], got {shape_of(cu_seqlens)}",
     )
-    if cu_seqlens.device.type != "cpu":
+
+
+def require_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
+    """Starting at 0, never decreasing, ending at most at `tokens`. For the inside of an op."""
+    if not values_are_checked(cu_seqlens):
         return
-    lengths = cu_seqlens.diff()
-    require(int(cu_seqlens[0]) == 0, f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
-    require(bool((lengths >= 0).all()), "cu_seqlens must never decrease")
-    last = int(cu_seqlens[-1])
-    require(last <= tokens, f"cu_seqlens ends at {last}, but there are only {tokens} tokens")
-    if max_seqlen is not None and lengths.numel() > 0:
-        longest = int(lengths.max())
-        require(
-            longest <= max_seqlen,
-            f"max_seqlen must be an upper bound: it is {max_seqlen}, a sequence has {longest} tokens",
-        )
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    require(ends[0] == 0, lambda: f"cu_seqlens must start at 0, got {ends[0]}")
+    require(
+        min(lengths, default=0) >= 0,
+        lambda: f"cu_seqlens must never decrease, got steps of {lengths[:8]}",
+    )
+    require(ends[-1] <= tokens, lambda: f"cu_seqlens ends at {ends[-1]}, but there are only {tokens} tokens")
+    longest = max(lengths, default=0)
+    require(
+        max_seqlen is None or longest <= max_seqlen,
+        lambda: f"max_seqlen must be an upper bound: it is {max_seqlen}, a sequence has {longest} tokens",
+    )

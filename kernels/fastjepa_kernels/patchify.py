@@ -6,37 +6,56 @@ Bytes that must move: the kept pixels once in (one byte each for uint8) and once
 that are masked away are never read, and no normalised image is ever written.
 """
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from fastjepa_kernels import choice
 from fastjepa_kernels.checks import (
     FLOAT_DTYPES,
     require,
     require_cu_seqlens,
+    require_cu_seqlens_values,
     require_index,
+    require_index_values,
     require_same_device,
     shape_of,
 )
-from fastjepa_kernels.sequences import rows_in_sequences, sequence_of_rows
+from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.language import tl, triton
+from fastjepa_kernels.sequences import image_of_row, rows_in_sequences, sequence_of_rows
 
 Channels = Sequence[float] | Tensor | None
+
+
+def _shape(images: Tensor, index: Tensor | None, patch_size: int) -> tuple[int, ...]:
+    """Of the result: [B, K, C * p * p], or [T, C * p * p] if packed."""
+    batch, channels, height, width = images.shape
+    patches = (height // patch_size) * (width // patch_size)
+    return *((batch, patches) if index is None else index.shape), channels * patch_size**2
+
+
+# ------------------------------------------------------------------------------------- plain torch
 
 
 def _reference(
     images: Tensor,
     index: Tensor | None,
     patch_size: int,
-    mean: Channels,
-    std: Channels,
+    mean: Tensor | None,
+    std: Tensor | None,
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    grid = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))
-    grid = grid.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, p, p], a view
+    batch, channels, _, width = images.shape
+    columns = width // patch_size
+    grid = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    grid = grid.permute(0, 2, 3, 1, 4, 5)  # [B, rows, columns, C, p, p], a view
     if index is None:
         patches = grid.flatten(1, 2)  # [B, N, C, p, p]
     else:
@@ -50,23 +69,217 @@ def _reference(
 
     work = torch.float64 if torch.float64 in (dtype, images.dtype) else torch.float32
     # (v / 255 - mean) / std is v * scale + shift; these are rounded once.
-    divisor = _per_channel(std, 1.0, images)
-    scale = 1 / divisor if images.is_floating_point() else 1 / (255 * divisor)
-    shift = -_per_channel(mean, 0.0, images) / divisor
-    values = patches.to(work) * scale.to(work) + shift.to(work)
+    if std is None:
+        scale = images.new_ones(channels, dtype=torch.float64)
+    else:
+        scale = std.double().reciprocal()  # [C]
+    shift = None if mean is None else (-mean.double() * scale).to(work)
+    scale = (scale if images.is_floating_point() else scale / 255).to(work)
+    values = patches * scale[:, None, None]
+    if shift is not None:
+        values += shift[:, None, None]
     if cu_seqlens is not None:
         values = torch.where(rows_in_sequences(cu_seqlens, len(values))[:, None, None, None], values, 0)
     return values.to(dtype).flatten(-3)
 
 
-def _per_channel(values: Channels, default: float, images: Tensor) -> Tensor:
-    """float64 [C, 1, 1] on the device of `images`."""
-    given = torch.as_tensor([default] * images.shape[1] if values is None else values, dtype=torch.float64)
+# ------------------------------------------------------------------------------------------ Triton
+
+
+@triton.jit
+def _patchify_kernel(
+    images,  # [B, C, H, W]
+    index,  # [T] or None
+    mean,  # [C] or None
+    std,  # [C] or None
+    cu_seqlens,  # [B + 1] or None
+    out,  # [T, C, p, p]
+    tokens,  # T
+    kept,  # K; unused if packed
+    batch,  # B
+    channels,  # C
+    patches,  # N
+    columns,  # W / p
+    image_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    unit,  # what a pixel is multiplied with first: 1 / 255 of bytes
+    PATCH: tl.constexpr,
+    SEARCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    present = row < tokens
+    if cu_seqlens is None:
+        held = present
+        image = row // kept
+    else:
+        held = row < tl.load(cu_seqlens + batch)
+        image = image_of_row(cu_seqlens, row, batch, SEARCH)
+    if index is None:
+        place = row - image * kept
+    else:
+        given = tl.load(index + row, mask=held, other=0).to(tl.int64)
+        # Nothing outside of images is read, whatever the index says.
+        held = held & (given >= 0) & (given < patches)
+        place = given.to(tl.int32)
+    patch_row = place // columns
+    corner = image.to(tl.int64) * image_stride  # [ROWS]
+    corner += (patch_row * PATCH).to(tl.int64) * row_stride
+    corner += ((place - patch_row * columns) * PATCH).to(tl.int64) * column_stride
+    within = (pixel // PATCH).to(tl.int64) * row_stride + (pixel % PATCH).to(tl.int64) * column_stride
+    source = images + corner[:, None] + within[None, :]
+    to = out + (row.to(tl.int64) * (channels * PATCH * PATCH))[:, None] + pixel[None, :]
+    in_patch = (pixel < PATCH * PATCH)[None, :]
+    taken = held[:, None] & in_patch
+    # All channels in one program: in channels-last memory they share cache lines.
+    for channel in range(channels):
+        value = tl.load(source, mask=taken, other=0).to(tl.float32) * unit
+        if mean is not None:
+            value -= tl.load(mean + channel).to(tl.float32)
+        if std is not None:
+            value *= 1.0 / tl.load(std + channel).to(tl.float32)
+        value = tl.where(held[:, None], value, 0.0)
+        tl.store(to, value.to(out.dtype.element_ty), mask=present[:, None] & in_patch)
+        source += channel_stride
+        to += PATCH * PATCH
+
+
+def _triton(
+    images: Tensor,
+    index: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    batch, channels, height, width = images.shape
+    columns = width // patch_size
+    patches = height // patch_size * columns
+    out = images.new_empty(_shape(images, index, patch_size), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    tokens = out.shape[:-1].numel()
+    # 16 elements a thread: a load of 16 bytes where a row of a patch has 16 pixels.
+    pixels = min(triton.next_power_of_2(patch_size**2), 2048)
+    rows = 2048 // pixels
+    _patchify_kernel[(triton.cdiv(tokens, rows), triton.cdiv(patch_size**2, pixels))](
+        images,
+        None if index is None else index.contiguous(),
+        None if mean is None else mean.contiguous(),
+        None if std is None else std.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        out,
+        tokens,
+        0 if cu_seqlens is not None else out.shape[1],
+        batch,
+        channels,
+        patches,
+        columns,
+        *images.stride(),
+        1.0 if images.is_floating_point() else 1 / 255,
+        PATCH=patch_size,
+        SEARCH=batch.bit_length(),
+        ROWS=rows,
+        PIXELS=pixels,
+        num_warps=4,
+    )
+    return out
+
+
+# --------------------------------------------------------------------------------------------- op
+
+
+def _single_precision(
+    images: Tensor,
+    _index: Tensor | None,
+    _patch_size: int,
+    _mean: Tensor | None,
+    _std: Tensor | None,
+    dtype: torch.dtype,
+    _cu_seqlens: Tensor | None,
+) -> bool:
+    return torch.float64 not in (images.dtype, dtype)
+
+
+def _size(images: Tensor, index: Tensor | None, patch_size: int, *_rest: Any) -> tuple[int, int]:
+    *tokens, pixels = _shape(images, index, patch_size)
+    return math.prod(tokens), pixels
+
+
+_WAYS = Ways(
+    "patchify_gather",
+    Way("triton", _triton, takes=_single_precision),
+    Way("torch", _reference),
+    size=_size,
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C] float64. Copied once: a copy in every call could not be part of a CUDA graph."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _channels(tensor: Tensor | None, values: list[float], device: torch.device) -> Tensor | None:
+    if tensor is None:
+        return _on_device(tuple(values), device) if values else None
     # A blocking copy of a handful of numbers would wait for all the work queued on the device.
-    return given.to(images.device, non_blocking=True)[:, None, None]
+    return tensor.to(device, non_blocking=True)
 
 
-@torch.no_grad()
+@torch.library.custom_op("fastjepa::patchify_gather", mutates_args=())
+def _patchify_gather(
+    images: Tensor,
+    index: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    mean_values: list[float],
+    std_values: list[float],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+    preference: str,
+) -> Tensor:
+    """`mean` and `std` as tensors or, where these are None, as numbers; an empty list for none."""
+    if index is not None:
+        _, _, height, width = images.shape
+        require_index_values("index", index, (height // patch_size) * (width // patch_size))
+        if cu_seqlens is not None:
+            require_cu_seqlens_values(cu_seqlens, index.numel())
+    mean = _channels(mean, mean_values, images.device)
+    std = _channels(std, std_values, images.device)
+    return _WAYS(preference, images.device, images, index, patch_size, mean, std, dtype, cu_seqlens)
+
+
+@_patchify_gather.register_fake
+def _(
+    images: Tensor,
+    index: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    mean_values: list[float],
+    std_values: list[float],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+    preference: str,
+) -> Tensor:
+    return images.new_empty(_shape(images, index, patch_size), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.fastjepa.patchify_gather)
+def _flop(*_shapes: Any, **_keywords: Any) -> int:
+    return 0  # FLOP counters count matrix products; this moves bytes
+
+
+# ---------------------------------------------------------------------------------------- for users
+
+
 def patchify_gather(
     images: Tensor,
     index: Tensor | None,
@@ -94,36 +307,57 @@ def patchify_gather(
     Raises:
         ValueError: on a wrong shape, dtype or device; on the CPU also for an index out of range.
     """
-    require(images.ndim == 4, f"images must be [B, C, H, W], got {shape_of(images)}")
+    require(images.ndim == 4, lambda: f"images must be [B, C, H, W], got {shape_of(images)}")
     require(
         images.dtype == torch.uint8 or images.dtype in FLOAT_DTYPES,
-        f"images must be uint8 or floating point, got {shape_of(images)}",
+        lambda: f"images must be uint8 or floating point, got {shape_of(images)}",
     )
-    require(dtype in FLOAT_DTYPES, f"dtype must be floating point, got {dtype}")
+    require(dtype in FLOAT_DTYPES, lambda: f"dtype must be floating point, got {dtype}")
     batch, channels, height, width = images.shape
     require(
         patch_size > 0 and height % patch_size == 0 and width % patch_size == 0,
-        f"patch_size must divide the image, got {patch_size} for {height} x {width} pixels",
+        lambda: f"patch_size must divide the image, got {patch_size} for {height} x {width} pixels",
     )
     for name, values in (("mean", mean), ("std", std)):
         require(
-            values is None or len(values) == channels,
+            values is None
+            or (values.shape == (channels,) if isinstance(values, Tensor) else len(values) == channels),
             f"{name} must have one value for each of {channels} channels",
         )
     require_same_device(images=images, index=index, cu_seqlens=cu_seqlens)
     require(cu_seqlens is None or index is not None, "cu_seqlens needs a packed index [T]")
     if index is not None:
-        require_index("index", index, (height // patch_size) * (width // patch_size))
+        require_index("index", index)
         if cu_seqlens is None:
             require(
                 index.ndim == 2 and index.shape[0] == batch,
-                f"index must be [B, K] with B = {batch}, got {shape_of(index)}",
+                lambda: f"index must be [B, K] with B = {batch}, got {shape_of(index)}",
             )
         else:
-            require(index.ndim == 1, f"with cu_seqlens, index must be [T], got {shape_of(index)}")
-            require_cu_seqlens(cu_seqlens, index.numel())
+            require(index.ndim == 1, lambda: f"with cu_seqlens, index must be [T], got {shape_of(index)}")
+            require_cu_seqlens(cu_seqlens)
             require(
                 cu_seqlens.numel() == batch + 1,
-                f"cu_seqlens must have B + 1 = {batch + 1} entries, got {cu_seqlens.numel()}",
+                lambda: f"cu_seqlens must have B + 1 = {batch + 1} entries, got {cu_seqlens.numel()}",
             )
-    return _reference(images, index, patch_size, mean, std, dtype, cu_seqlens)
+    mean_tensor, mean_values = _split(mean)
+    std_tensor, std_values = _split(std)
+    return torch.ops.fastjepa.patchify_gather(
+        images.detach(),
+        index,
+        patch_size,
+        mean_tensor,
+        std_tensor,
+        mean_values,
+        std_values,
+        dtype,
+        cu_seqlens,
+        choice.preference(),
+    )
+
+
+def _split(values: Channels) -> tuple[Tensor | None, list[float]]:
+    """As a tensor or as numbers: an op has one type for each argument."""
+    if isinstance(values, Tensor):
+        return values.detach(), []
+    return None, [float(value) for value in values or ()]

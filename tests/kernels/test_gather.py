@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -6,8 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
+
+IMPLEMENTATIONS = fk.implementations("gather_tokens", "cpu")
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture
+def use(implementation: str) -> Iterator[str]:
+    with fk.use(implementation, strict=True):
+        yield implementation
+
+
+def widest(implementation: str) -> torch.dtype:
+    return torch.float32 if implementation == "triton" else torch.float64
 
 
 def rows_one_by_one(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
@@ -18,6 +33,7 @@ def rows_one_by_one(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
     return torch.stack(rows)
 
 
+@each_implementation
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 4),
@@ -29,21 +45,38 @@ def rows_one_by_one(x: Tensor, index: Tensor, pos: Tensor | None) -> Tensor:
     st.integers(0, 2**31),
 )
 def test_it_is_row_by_row(
-    batch: int, grid: int, width: int, kept: int, index_dtype: torch.dtype, with_pos: bool, seed: int
+    implementation: str,
+    batch: int,
+    grid: int,
+    width: int,
+    kept: int,
+    index_dtype: torch.dtype,
+    with_pos: bool,
+    seed: int,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, grid, width, dtype=torch.float64, generator=random)
-    pos = torch.randn(grid, width, dtype=torch.float64, generator=random) if with_pos else None
+    dtype = widest(implementation)
+    x = torch.randn(batch, grid, width, dtype=dtype, generator=random).requires_grad_()
+    pos = torch.randn(grid, width, dtype=dtype, generator=random).requires_grad_() if with_pos else None
     index = torch.randint(grid, (batch, kept), generator=random)  # repeats where kept > grid
-    expected = rows_one_by_one(x, index, pos)
-    assert torch.equal(fk.gather_tokens(x, index.to(index_dtype), pos), expected)
-
-    # The same tokens as one packed stream.
     starts = torch.arange(batch + 1, dtype=torch.int32) * kept
-    packed = fk.gather_tokens(x, index.flatten().to(index_dtype), pos, starts)
-    assert torch.equal(packed, expected.flatten(0, 1))
+    expected = rows_one_by_one(x, index, pos)
+    upstream = torch.randn(expected.shape, dtype=dtype, generator=random)
+    leaves = [x] if pos is None else [x, pos]
+    gradients = torch.autograd.grad(expected, leaves, upstream)
+
+    with fk.use(implementation, strict=True):
+        dense = fk.gather_tokens(x, index.to(index_dtype), pos)
+        packed = fk.gather_tokens(x, index.flatten().to(index_dtype), pos, starts)
+        assert torch.equal(dense, expected)
+        assert torch.equal(packed, expected.flatten(0, 1))
+        for out in (dense, packed):
+            found = torch.autograd.grad(out, leaves, upstream.view(out.shape))
+            torch.testing.assert_close(found, gradients)
 
 
+@each_implementation
+@pytest.mark.usefixtures("use")
 def test_images_of_unequal_length_and_of_none() -> None:
     x = torch.randn(4, 5, 3)
     lists = [[4, 0], [], [2, 2, 1], []]
@@ -56,13 +89,17 @@ def test_images_of_unequal_length_and_of_none() -> None:
     assert fk.gather_tokens(x, torch.zeros(4, 0, dtype=torch.long)).shape == (4, 0, 3)
 
 
+@each_implementation
+@pytest.mark.usefixtures("use")
 def test_rows_past_the_end_are_zero_and_so_is_their_gradient() -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     pos = torch.randn(3, 4, requires_grad=True)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     out = fk.gather_tokens(x, torch.tensor([0, 1, 2, 2]), pos, starts)
     assert bool((out[2:] == 0).all())
-    out.sum().backward()
+    upstream = torch.ones_like(out)
+    upstream[2:] = torch.nan
+    out.backward(upstream)
     assert x.grad is not None
     assert pos.grad is not None
     assert x.grad.sum() == pos.grad.sum() == 2 * 4
@@ -70,27 +107,65 @@ def test_rows_past_the_end_are_zero_and_so_is_their_gradient() -> None:
     assert bool((pos.grad[2] == 0).all())
 
 
+@each_implementation
+@pytest.mark.usefixtures("use")
 def test_strides_do_not_matter() -> None:
-    x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)[:, ::2]  # [3, 2, 6]
-    pos = torch.randn(6, 2, dtype=torch.float64).t()
+    x = torch.randn(6, 4, 3).permute(2, 1, 0)[:, ::2]  # [3, 2, 6]
+    pos = torch.randn(6, 2).t()
     index = torch.tensor([[1, 0], [1, 1], [0, 1]]).t().contiguous().t()
     assert not any(tensor.is_contiguous() for tensor in (x, pos, index))
     assert torch.equal(fk.gather_tokens(x, index, pos), rows_one_by_one(x, index, pos))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_of_repeated_rows_add_up(packed: bool) -> None:
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "triton"])
+@pytest.mark.usefixtures("use")
+def test_first_and_second_gradients(packed: bool) -> None:
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     pos = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[3, 3, 0], [1, 3, 1]])
     starts = torch.tensor([0, 3, 6], dtype=torch.int32) if packed else None
     kept = index.flatten() if packed else index
     assert torch.autograd.gradcheck(lambda x, pos: fk.gather_tokens(x, kept, pos, starts), (x, pos))
+    assert torch.autograd.gradgradcheck(lambda x, pos: fk.gather_tokens(x, kept, pos, starts), (x, pos))
     fk.gather_tokens(x, kept, None, starts).sum().backward()
     assert x.grad is not None
     assert x.grad[..., 0].tolist() == [[1, 0, 0, 2], [0, 2, 0, 1]]
 
 
+@each_implementation
+def test_the_gradient_of_positions_is_summed_over_many_images(implementation: str) -> None:
+    # More images than the parts that the sum is made in, and not a multiple of them.
+    x = torch.randn(37, 5, 8)
+    index = torch.randint(5, (37, 3))
+    upstream = torch.randn(37, 3, 8)
+    pos = torch.randn(5, 8, requires_grad=True)
+    with fk.use(implementation, strict=True):
+        (found,) = torch.autograd.grad(fk.gather_tokens(x, index, pos), pos, upstream)
+    exact = torch.zeros(5, 8, dtype=torch.float64).index_add_(
+        0, index.flatten(), upstream.double().flatten(0, 1)
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_half_precision_and_the_same_bits_twice() -> None:
+    x = torch.randn(3, 11, 40).half().requires_grad_()
+    index = torch.randint(11, (3, 20))
+    upstream = torch.randn(3, 20, 40).half()
+    out = fk.gather_tokens(x, index)
+    assert torch.equal(out, x.gather(1, index[..., None].expand(-1, -1, 40)))
+    first, second = (torch.autograd.grad(out, x, upstream, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    exact = torch.zeros(3, 11, 40, dtype=torch.float64)
+    exact.scatter_add_(1, index[..., None].expand(-1, -1, 40), upstream.double())
+    # Summed wider than fp16, so that only the last rounding shows.
+    torch.testing.assert_close(first.double(), exact, rtol=2**-11, atol=2**-12)
+
+
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "triton"])
+@pytest.mark.usefixtures("use")
 def test_positions_are_added_before_the_cast() -> None:
     x = torch.randn(2, 4, 8).bfloat16()
     pos = torch.randn(4, 8)
@@ -101,6 +176,46 @@ def test_positions_are_added_before_the_cast() -> None:
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, exact.float().bfloat16())
     assert fk.gather_tokens(x, index, dtype=torch.float64).dtype == torch.float64
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_op_is_registered_as_torch_wants_it(packed: bool) -> None:
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    pos = torch.randn(5, 6, requires_grad=True)
+    index = torch.tensor([[0, 3, 3], [4, 1, 2]])
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32) if packed else None
+    kept = index.flatten() if packed else index
+    name = fk.choice.preference()
+    torch.library.opcheck(torch.ops.fastjepa.gather_tokens, (x, kept, pos, starts, torch.float32, name))
+    upstream = torch.randn(*kept.shape, 6, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.fastjepa.gather_tokens_backward, (upstream, kept, starts, 2, 5, 2, torch.float32, name)
+    )
+
+
+def test_it_compiles_without_a_break() -> None:
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    pos = torch.randn(5, 6, requires_grad=True)
+    index = torch.tensor([[0, 3, 3], [4, 1, 2]], dtype=torch.int32)
+
+    def loss(x: Tensor, pos: Tensor) -> Tensor:
+        return fk.gather_tokens(2 * x, index, pos).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(x, pos), (x, pos))
+    assert torch.equal(compiled(x, pos), loss(x, pos))
+    assert all(map(torch.equal, torch.autograd.grad(compiled(x, pos), (x, pos)), expected))
+
+
+def test_flop_counters_see_it() -> None:
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        fk.gather_tokens(x, torch.tensor([[0, 3], [4, 1]])).sum().backward()
+    seen = counter.get_flop_counts()["Global"]
+    assert seen[torch.ops.fastjepa.gather_tokens] == 0
+    assert seen[torch.ops.fastjepa.gather_tokens_backward] == 0
 
 
 X, INDEX = torch.zeros(2, 4, 3), torch.zeros(2, 2, dtype=torch.long)
