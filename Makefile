@@ -12,13 +12,19 @@ BIN := .venv/bin
 TRAIN := .venv/.train.stamp
 DEV := .venv/.dev.stamp
 DOCS := .venv/.docs.stamp
+# In build/, so that `make clean`, which removes the extension, has it built again.
+EXT := build/.ext.stamp
+NVCC ?= nvcc
+SANITIZER ?= compute-sanitizer
+CAN_COMPILE = command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c \
+	'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test bench lint docs clean
+.PHONY: help setup train test test-gpu sanitize bench bench-gpu aot ext ext-cuda lint docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV) ## Make .venv with everything for working on fastjepa
 
@@ -26,17 +32,56 @@ train: $(TRAIN) ## Train on Fashion-MNIST, embedded; ARGS="section.key=value" ch
 	$(BIN)/python fastjepa/train.py --config configs/fashion_mnist.yaml $(ARGS)
 
 test: $(DEV) ## Run the tests, one process per core
+	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory $(EXT); \
+		else echo "No C++ compiler or no headers of Python: the ops are tested without fastjepa_kernels._C"; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
-# Its files are bench/bench_*.py. Set up nothing while there are none.
-ifneq ($(wildcard bench/bench_*.py),)
+test-gpu: $(DEV) ## Run the tests that need a GPU
+	$(BIN)/python -m pytest tests/gpu -p no:benchmark $(ARGS)
+
+# Without torch's cache every tensor is an allocation of its own, so that a byte past its end is seen.
+sanitize: ## Run the GPU tests of results and bounds under compute-sanitizer
+	@command -v $(SANITIZER) >/dev/null || { echo "make sanitize needs compute-sanitizer, of the CUDA toolkit, and finds none; name one: make sanitize SANITIZER=/usr/local/cuda/bin/compute-sanitizer" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(DEV)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
+		$(BIN)/python -m pytest tests/gpu -p no:benchmark -k "bounds or errors" $(ARGS)
+	$(SANITIZER) --tool racecheck --error-exitcode 9 \
+		$(BIN)/python -m pytest tests/gpu -p no:benchmark -k "errors" $(ARGS)
+
+# Set up nothing while there are no benchmarks.
+ifneq ($(wildcard bench/kernels/bench_*.py),)
 bench: $(DEV)
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory $(EXT); \
+		else echo "No C++ compiler or no headers of Python: measured without fastjepa_kernels._C"; fi
+	$(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 else
 bench:
-	@echo "bench/ holds no bench_*.py yet, so nothing was measured."
+	@echo "bench/kernels/ holds no bench_*.py, so nothing was measured."
 endif
-bench: ## Run the microbenchmarks
+bench: ## Run the microbenchmarks on the CPU; ARGS=--write-table writes what to choose
+
+bench-gpu: $(DEV) ## Check and measure everything on a GPU, in under eight minutes
+	$(BIN)/python -m bench.kernels.gpu $(ARGS)
+
+aot: $(DEV) ## Compile the Triton kernels for every GPU and gate what they take; ARGS=--write writes the table
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.aot --jobs $(JOBS) $(ARGS)
+
+ext: $(EXT) ## Build fastjepa_kernels._C from csrc/, with CUDA where nvcc is
+
+# Again where a source changed, or torch, whose version the extension is bound to.
+$(EXT): setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*) $(wildcard .venv/lib/python*/site-packages/torch/version.py) | $(DEV)
+	@mkdir -p $(@D)
+	@echo "Building fastjepa_kernels._C, about a minute the first time"
+	@FASTJEPA_BUILD_EXT=1 MAX_JOBS=$(JOBS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py build_ext --inplace --force \
+		>$(@D)/ext.log 2>&1 || { cat $(@D)/ext.log >&2; exit 1; }
+	@touch $@
+
+ext-cuda: ## Compile the CUDA sources for sm_80, sm_90, sm_100, and list registers; needs nvcc, no GPU
+	@command -v $(NVCC) >/dev/null || { echo "make ext-cuda needs nvcc, of CUDA 12.8 or newer, and finds none; name one: make ext-cuda NVCC=/usr/local/cuda/bin/nvcc" >&2; exit 1; }
+	@mkdir -p build
+	@$(NVCC) -std=c++17 -O3 $(foreach sm,80 90 100,-gencode arch=compute_$(sm)$(comma)code=sm_$(sm)) --resource-usage \
+		-c csrc/cuda/ema_update.cu -o build/ema_update.o >build/nvcc.log 2>&1 || { cat build/nvcc.log >&2; exit 1; }
+	@c++filt <build/nvcc.log | awk -f csrc/cuda/resources.awk
 
 lint: $(DEV) ## Check style, formatting and types
 	$(BIN)/ruff check

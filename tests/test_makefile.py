@@ -50,7 +50,7 @@ def make(project: Path, *arguments: str, **variables: str) -> subprocess.Complet
 def test_help_is_the_default_and_lists_what_there_is(project: Path) -> None:
     listed = make(project).stdout
     assert listed == make(project, "help").stdout
-    for target in ("setup", "train", "test", "bench", "lint", "docs", "clean"):
+    for target in ("setup", "train", "test", "bench", "aot", "ext", "ext-cuda", "lint", "docs", "clean"):
         assert f"make {target} " in listed
 
 
@@ -60,6 +60,42 @@ def test_train_hands_its_arguments_on(project: Path) -> None:
     said = make(project, "-n", "train", "ARGS=optim.epochs=1 optim.lr=0.1").stdout
     command = ".venv/bin/python fastjepa/train.py --config configs/fashion_mnist.yaml"
     assert said == f"{command} optim.epochs=1 optim.lr=0.1\n"
+
+
+@pytest.fixture
+def set_up(project: Path) -> Path:
+    """With stamps that say that .venv is made, and a Python in it that does nothing, and says so."""
+    (project / ".venv" / "bin").mkdir(parents=True)
+    python = project / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+    for stamp in (".train.stamp", ".dev.stamp"):
+        (project / ".venv" / stamp).touch()
+    return project
+
+
+def test_the_extension_is_built_for_the_tests_where_it_can_be(set_up: Path) -> None:
+    without = make(set_up, "test", CXX="/nowhere/c++")
+    assert without.returncode == 0, without.stderr
+    assert "the ops are tested without fastjepa_kernels._C" in without.stdout
+    assert "build_ext" not in without.stdout
+    built = make(set_up, "test", CXX="true")
+    assert built.stdout.index("Building fastjepa_kernels._C") < built.stdout.index("-m pytest")
+    log = set_up / "build" / "ext.log"
+    assert log.read_text() == "python setup.py build_ext --inplace --force\n"
+    # Once, until a source changes.
+    assert "Building" not in make(set_up, "test", CXX="true").stdout
+    (set_up / "csrc").mkdir()
+    (set_up / "csrc" / "new.cpp").touch()
+    later = (set_up / "build" / ".ext.stamp").stat().st_mtime + 1
+    os.utime(set_up / "csrc" / "new.cpp", (later, later))
+    assert "Building" in make(set_up, "test", CXX="true").stdout
+
+
+def test_without_nvcc_it_says_so(project: Path) -> None:
+    failed = make(project, "ext-cuda", "NVCC=/nowhere/nvcc")
+    assert failed.returncode != 0
+    assert "make ext-cuda needs nvcc" in failed.stderr
 
 
 def test_setup_fails_aloud_resumes_and_happens_once(project: Path) -> None:
