@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while starting, or the second one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would hide the exit status
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     finally:

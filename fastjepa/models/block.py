@@ -21,12 +21,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         tokens, width = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.heads, width // self.heads)  # [T, 3, H, d]
-        if sequences.uniform:
-            dense = qkv.view(sequences.count, sequences.max_seqlen, *qkv.shape[1:])
-            query, key, value = dense.permute(2, 0, 3, 1, 4)  # [S, H, L, d] each
-            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # [S, L, H, d]
-        else:
-            out = fk.packed_attention(qkv, sequences.cu_seqlens, sequences.max_seqlen)  # [T, H, d]
+        out = fk.packed_attention(qkv, sequences.cu_seqlens, sequences.max_seqlen)  # [T, H, d]
         return self.proj(out.reshape(tokens, width))
 
 

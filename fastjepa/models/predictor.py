@@ -106,4 +106,4 @@ def _join_packed(
 
     block_starts = starts[:-1] + torch.arange(batch, device=device) * patches  # [B]
     cuts = torch.cat([(offset + block_starts).flatten(), (blocks * per_block)[None]])  # [M B + 1]
-    return x, Sequences(cuts.int(), grid_patches + patches, uniform=False), rows
+    return x, Sequences(cuts.int(), grid_patches + patches), rows

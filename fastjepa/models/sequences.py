@@ -13,7 +13,6 @@ class Sequences:
 
     cu_seqlens: Tensor  # int32 [S + 1]
     max_seqlen: int  # an upper bound, known without asking the device
-    uniform: bool  # every sequence has exactly max_seqlen tokens: the dense path may be taken
 
     @property
     def count(self) -> int:
@@ -26,4 +25,4 @@ def equal_sequences(count: int, length: int, device: torch.device) -> Sequences:
     # A cached tensor may be asked for inside and outside inference mode; it must serve both.
     with torch.inference_mode(False):
         starts = torch.arange(count + 1, dtype=torch.int32, device=device) * length
-    return Sequences(starts, length, uniform=True)
+    return Sequences(starts, length)

@@ -139,7 +139,7 @@ class VisionTransformer(nn.Module):
         if cu_seqlens is not None:
             if self.shape.class_token:
                 raise ValueError("a class token needs contexts of equal length, not cu_seqlens")
-            return x, Sequences(cu_seqlens, positions.shape[0], uniform=False)
+            return x, Sequences(cu_seqlens, positions.shape[0])
         if self.shape.class_token:
             x = torch.cat([(self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         return x.flatten(0, 1), equal_sequences(x.shape[0], x.shape[1], x.device)

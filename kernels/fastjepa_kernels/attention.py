@@ -26,7 +26,7 @@ from fastjepa_kernels.checks import (
     shape_of,
 )
 from fastjepa_kernels.choice import Way, Ways
-from fastjepa_kernels.gradients import refuse_double_backward
+from fastjepa_kernels.gradients import refuse_double_backward, refuse_forward_mode
 
 MAX_HEAD_DIM = 128
 
@@ -215,17 +215,21 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
 
     Raises:
         ValueError: on a wrong shape, dtype, device or head dim; on the CPU also for cu_seqlens that do
-            not start at 0, decrease or pass T, and for a sequence longer than max_seqlen.
+            not start at 0, decrease or pass T, and for a sequence longer than max_seqlen. On a GPU these
+            are looked at under FASTJEPA_DEBUG=1; without it nothing outside the tensors is touched, and
+            what comes out of such a call means nothing.
+        NotImplementedError: in forward-mode differentiation, or at a second derivative.
     """
-    require(qkv.ndim == 4 and qkv.shape[1] == 3, f"qkv must be [T, 3, H, d], got {shape_of(qkv)}")
+    require(qkv.ndim == 4 and qkv.shape[1] == 3, lambda: f"qkv must be [T, 3, H, d], got {shape_of(qkv)}")
     require_float("qkv", qkv)
+    refuse_forward_mode("packed_attention", qkv)
     require_same_device(qkv=qkv, cu_seqlens=cu_seqlens)
     head_dim = qkv.shape[3]
     require(
         head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM,
-        f"head dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}",
+        lambda: f"head dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}",
     )
-    require(max_seqlen >= 0, f"max_seqlen must be 0 or more, got {max_seqlen}")
+    require(max_seqlen >= 0, lambda: f"max_seqlen must be 0 or more, got {max_seqlen}")
     require_cu_seqlens(cu_seqlens)
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, _ = torch.ops.fastjepa.packed_attention(qkv, cu_seqlens, max_seqlen, scale, choice.preference())

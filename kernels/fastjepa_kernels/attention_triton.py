@@ -16,7 +16,7 @@ from torch import Tensor
 from fastjepa_kernels.language import tl, triton
 
 # These change from step to step; one compiled kernel serves all of their values.
-CHANGING = ["tokens", "sequences"]
+CHANGING = ["tokens", "sequences", "blocks"]
 _ROW_LIMIT = 2**23  # elements between rows; 256 rows of less stay within int32
 
 

@@ -35,14 +35,22 @@ def _plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is averaged and what is copied: each once, by the first of its names."""
+def _named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What is averaged, what is copied, and non-persistent buffers: each once, by the first of its names."""
     averaged: dict[str, Tensor] = {}
-    copied = {_plain_name(name): buffer for name, buffer in model.named_buffers()}
+    copied: dict[str, Tensor] = {}
+    caches: dict[str, Tensor] = {}
+    non_persistent = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    for name, buffer in model.named_buffers():
+        (caches if name in non_persistent else copied)[_plain_name(name)] = buffer
     for name, parameter in model.named_parameters():
         whole_numbers = not (parameter.is_floating_point() or parameter.is_complex())
         (copied if whole_numbers else averaged)[_plain_name(name)] = parameter
-    return averaged, copied
+    return averaged, copied, caches
 
 
 def _check_alike(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -79,8 +87,15 @@ def _take_averages(
     model: nn.Module,
     state_dict: Mapping[str, Any],
     prefix: str,
-    *_metadata_and_errors: Any,
+    metadata: Mapping[str, Any],
+    *_errors: Any,
 ) -> None:
+    require(
+        not metadata.get("assign_to_params_buffers"),
+        "load_state_dict of an average must not assign: that would change its dtypes and take the loaded "
+        "tensors' memory. From the meta device, call to_empty first. (torch leaves a mark in a state dict "
+        "that was loaded with assign=True; dict(state_dict) has none.)",
+    )
     # Anything missing or of another shape is reported by what loads the parameters.
     for key, average in _shadows_by_key(shadow, model, prefix).items():
         if key in state_dict and state_dict[key].shape == average.shape:
@@ -156,14 +171,20 @@ class EMA(nn.Module):
             momentum: instead of `self.momentum`.
 
         Raises:
-            ValueError: a parameter or buffer is missing, was added, has another shape or is elsewhere, or
-                momentum is out of [0, 1]; nothing is written then.
+            ValueError: a parameter or buffer is missing, was added, has another shape or is elsewhere,
+                momentum is out of [0, 1], or `self.model` was cast or moved by itself; nothing is written
+                then. Non-persistent buffers may differ, such as caches that a forward pass fills: those of
+                one shape on both sides are copied.
         """
         model = _unwrapped(model, type(self.model))
-        own, own_buffers = _named_tensors(self.model)
-        given, given_buffers = _named_tensors(model)
+        own, own_buffers, own_caches = _named_tensors(self.model)
+        given, given_buffers, given_caches = _named_tensors(model)
+        self._check_averages(own)
         _check_alike("parameters", own, given)
         _check_alike("buffers", own_buffers, given_buffers)
+        for name, cache in own_caches.items():
+            if name in given_caches and given_caches[name].shape == cache.shape:
+                own_buffers[name], given_buffers[name] = cache, given_caches[name]
         momentum = self.momentum if momentum is None else momentum
         beside = list(self._shadow)
         itself = [name for name in own if name not in self._shadow]
@@ -176,6 +197,15 @@ class EMA(nn.Module):
             )
         if own_buffers:
             torch._foreach_copy_(list(own_buffers.values()), [given_buffers[name] for name in own_buffers])
+
+    def _check_averages(self, own: Mapping[str, Tensor]) -> None:
+        for name, parameter in own.items():
+            average = self._shadow.get(name, parameter)
+            if average.dtype not in _AVERAGES or average.device != parameter.device:
+                raise ValueError(
+                    f"{name} cannot be averaged in {shape_of(average)} beside {shape_of(parameter)}: cast "
+                    "and move an average by EMA.to, not by the model in it"
+                )
 
     def _averages(self) -> dict[str, Tensor]:
         """As they are now: what becomes of the parameters does not change them."""
@@ -197,7 +227,8 @@ class EMA(nn.Module):
                 self._shadow[name] = average.to(parameter.device, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Whatever moves or casts a module comes by here. A cast is of the working copy, never of the average.
+        # What moves or casts this module comes by here, but not what does so to the model alone: `update`
+        # refuses that. A cast is of the working copy, never of the average.
         averages = self._averages()
         super()._apply(fn, recurse)
         self._keep(averages)

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,10 @@ def values_are_checked(tensor: Tensor) -> bool:
 
 
 def require_index(name: str, index: Tensor) -> None:
-    require(index.dtype in INDEX_DTYPES, lambda: f"{name} must hold integers, got {shape_of(index)}")
+    require(
+        index.dtype in INDEX_DTYPES,
+        lambda: f"{name} must hold integers (int8 to int64, uint8), got {shape_of(index)}",
+    )
 
 
 def require_index_values(name: str, index: Tensor, bound: int) -> None:
@@ -78,3 +81,13 @@ def require_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, max_seqlen: int |
         max_seqlen is None or longest <= max_seqlen,
         lambda: f"max_seqlen must be an upper bound: it is {max_seqlen}, a sequence has {longest} tokens",
     )
+
+
+def require_writable(written: Sequence[Tensor], name: Callable[[int], str]) -> None:
+    """No inference tensors outside of inference mode: torch objects only after the write."""
+    if not torch.is_inference_mode_enabled() and True in map(Tensor.is_inference, written):
+        place = [tensor.is_inference() for tensor in written].index(True)
+        raise ValueError(
+            f"{name(place)} was made in torch.inference_mode() and can be written to only there; "
+            "call this in that mode too, or clone it first"
+        )

@@ -86,17 +86,27 @@ class Ways:
 
     def pick(self, preference: str, device: torch.device, *args: Any) -> Way:
         """The way to run: what was asked for, else the fastest measured, else the first."""
-        ways = {way.name: way for way in self.on(device.type) if way.takes(*args)}
+        ways = self.on(device.type)
+
+        def called(name: str) -> Way | None:
+            return next((way for way in ways if way.name == name and way.takes(*args)), None)
+
         asked = preference.removesuffix(_STRICT)
-        if asked in ways:
-            return ways[asked]
-        if preference.endswith(_STRICT):
+        chosen = called(asked)
+        if chosen is None and preference.endswith(_STRICT) and not self._follows(asked):
+            possible = ", ".join(way.name for way in ways if way.takes(*args))
             raise ValueError(
                 f"{self.op} cannot run as {asked!r} with these arguments on {device.type}; "
-                f"it can as {', '.join(ways)}. Without strict=True the best of them runs."
+                f"it can as {possible}. Without strict=True the best of them runs."
             )
-        measured = _fastest_on(_device_name(device), self.op, self.size(*args))
-        return ways[measured] if measured in ways else next(iter(ways.values()))
+        device_name = _device_name(device)
+        if chosen is None and self.op in _table(device_name):
+            chosen = called(_fastest_on(device_name, self.op, self.size(*args)))
+        return chosen or next(way for way in ways if way.takes(*args))
+
+    def _follows(self, asked: str) -> bool:
+        """Whether this is a gradient that has no implementation of that name: its op ran as asked."""
+        return self.op.endswith("_backward") and all(way.name != asked for way in self.ways)
 
     def __call__(self, preference: str, device: torch.device, *args: Any) -> Any:
         run = self.pick(preference, device, *args).run
@@ -178,11 +188,13 @@ def use(name: str, *, strict: bool = False) -> Iterator[None]:
     """Prefer one implementation of every op, in the whole process, until the block ends.
 
     An op without it, or whose arguments it does not take, runs as its next best. The environment variable
-    FASTJEPA_KERNELS says the same for a whole run.
+    FASTJEPA_KERNELS says the same for a whole run. Blocks of different threads must not overlap: the one that
+    ends last would leave behind what it found when it began.
 
     Args:
         name: "triton", "cuda", "cpp", "torch", and for attention "sdpa", "varlen", "fa2", "fa4".
-        strict: raise instead where it cannot run.
+        strict: raise instead where it cannot run. The gradient of an op that has no implementation of that
+            name for gradients runs as its next best all the same.
 
     Raises:
         ValueError: an unknown name; with `strict`, from the op that cannot run so.

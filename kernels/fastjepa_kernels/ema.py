@@ -14,9 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastjepa_kernels import choice, ema_triton
-from fastjepa_kernels.checks import FLOAT_DTYPES, require, require_float, shape_of
+from fastjepa_kernels.checks import (
+    FLOAT_DTYPES,
+    require,
+    require_float,
+    require_writable,
+    shape_of,
+    values_are_checked,
+)
 from fastjepa_kernels.choice import Way, Ways
-from fastjepa_kernels.memory import find_shared, is_dense
+from fastjepa_kernels.overlap import find_shared, is_dense
 from fastjepa_kernels.philox import LOW32
 from fastjepa_kernels.rounding import StochasticRounding, round_to_bfloat16
 
@@ -104,11 +111,7 @@ def _cpp(
     momentum: float | Tensor,
     rounding: StochasticRounding | None,
 ) -> None:
-    if not working and all(tensor.dtype == torch.float32 for tensor in source):
-        # One pass over memory is what torch makes of it too, a tenth faster. It makes several of the rest.
-        torch._foreach_lerp_(list(shadow), list(source), float(_weight(momentum)))
-    else:
-        torch.ops.fastjepa_native.ema_update_(shadow, source, float(_weight(momentum)), working)
+    torch.ops.fastjepa_native.ema_update_(shadow, source, float(_weight(momentum)), working)
 
 
 def _cuda(
@@ -146,14 +149,41 @@ def _native(
     )
 
 
+def _several_passes_of_torch(shadow: Tensors, source: Tensors, working: Tensors, *_rest: Any) -> bool:
+    # Of fp32 without a copy torch makes one pass over memory as well, a tenth faster.
+    return bool(working) or not all(tensor.dtype == torch.float32 for tensor in source)
+
+
 _WAYS = Ways(
     "ema_update_",
     Way("triton", _triton, takes=_single_precision),
     Way("cuda", _cuda, takes=_native),
-    Way("cpp", _cpp, takes=_native),
+    Way("cpp", _cpp, takes=lambda *args: _several_passes_of_torch(*args) and _native(*args)),
     Way("torch", _reference),
     size=lambda shadow, *_rest: (len(shadow), sum(map(Tensor.numel, shadow))),
 )
+
+
+def _require_momentum(momentum: float) -> None:
+    require(0 <= momentum <= 1, f"momentum must lie in [0, 1], got {momentum}")
+
+
+def _check_written(shadow: Tensors, source: Tensors, working: Tensors) -> None:
+    written = [*shadow, *working]
+
+    def name(place: int) -> str:
+        for what, tensors in (("shadow", shadow), ("working", working)):
+            if place < len(tensors):
+                return f"{what}[{place}]"
+            place -= len(tensors)
+        return f"source[{place}]"
+
+    shared = find_shared(written, source)
+    if shared is not None:
+        first, second = map(name, shared)
+        both = f"elements of {first}" if first == second else f"{first} and {second}"
+        raise ValueError(f"{both} must not share memory")
+    require_writable(written, name)
 
 
 # Not by torch.library.custom_op, whose wrappers turn lists of hundreds of tensors from C++ to Python and back
@@ -180,16 +210,9 @@ def _ema_update_(
     preference: str,
 ) -> None:
     written = [*shadow, *working]
-    shared = find_shared(written, source)
-    if shared is not None:
-        names = [
-            f"{name}[{i}]"
-            for name, tensors in (("shadow", shadow), ("working", working), ("source", source))
-            for i in range(len(tensors))
-        ]
-        first, second = shared
-        both = f"elements of {names[first]}" if first == second else f"{names[first]} and {names[second]}"
-        raise ValueError(f"{both} must not share memory")
+    _check_written(shadow, source, working)
+    if momentum_tensor is not None and values_are_checked(momentum_tensor):
+        _require_momentum(momentum_tensor.item())
     rounding = None
     if seed is not None:
         rounding = StochasticRounding(seed, step if step_tensor is None else step_tensor, parameters, offsets)
@@ -248,7 +271,7 @@ def _check_momentum(momentum: float | Tensor, shadow: Tensors) -> None:
             f"momentum must be a float, or 0-d on the device of shadow, got {shape_of(momentum)}",
         )
     else:
-        require(0 <= momentum <= 1, f"momentum must lie in [0, 1], got {momentum}")
+        _require_momentum(momentum)
 
 
 def _check_rounding(rounding: StochasticRounding, shadow: Tensors) -> None:
@@ -294,20 +317,22 @@ def ema_update_(
 ) -> None:
     """Move `shadow` towards `source`, and copy it to `working` in the same pass.
 
-    In fp32 (fp64 for averages in fp64), by the formula of torch.lerp, which is exact at both ends.
+    In fp32 (fp64 for averages in fp64), by the formula of torch.lerp, which is exact at both ends. Call it
+    once on the same tensors before a CUDA graph is captured or torch.compile(mode="reduce-overhead") used.
 
     Args:
         shadow: tensors of any shapes and strides, or one; fp32 (or fp64) as a rule. In bf16 or fp16 an
             average stalls, because steps below its rounding are lost; in bf16, `rounding` keeps their mean.
         source: the same shapes, floating point.
-        momentum: in [0, 1], a float or a 0-d tensor on the device.
+        momentum: in [0, 1], a float or a 0-d tensor on the device, whose value is checked on the CPU, and on
+            a GPU under FASTJEPA_DEBUG=1.
         working: the same shapes, floating point, usually bf16.
         rounding: round averages in bf16 up or down by chance, reproducibly.
 
     Raises:
         ValueError: a tensor is not floating point, numbers of tensors, shapes or devices differ, momentum
-            is out of [0, 1], `rounding` does not fit, or what is written shares bytes with anything;
-            nothing is written then.
+            is out of [0, 1], `rounding` does not fit, what is written shares bytes with anything, or it was
+            made in inference mode and this is outside of it; nothing is written then.
     """
     shadows = [shadow] if isinstance(shadow, Tensor) else list(shadow)
     sources = [source] if isinstance(source, Tensor) else list(source)

@@ -26,6 +26,7 @@ from fastjepa_kernels.checks import (
     shape_of,
 )
 from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.gradients import refuse_forward_mode
 from fastjepa_kernels.language import tl, triton
 from fastjepa_kernels.launch import columns_per_program, dense_rows
 from fastjepa_kernels.sequences import image_of_row, rows_in_sequences, sequence_of_rows
@@ -48,7 +49,8 @@ def _reference(
     batch, patches, width = x.shape
     tokens = x.reshape(batch * patches, width).index_select(0, _rows(index, cu_seqlens, patches))
     if pos is not None:
-        tokens = tokens + pos.index_select(0, index.long().flatten())
+        wide = torch.float64 if torch.float64 in (x.dtype, pos.dtype) else torch.float32
+        tokens = tokens.to(wide) + pos.index_select(0, index.long().flatten()).to(wide)
     if cu_seqlens is not None:
         tokens = torch.where(rows_in_sequences(cu_seqlens, index.numel())[:, None], tokens, 0)
     return tokens.to(dtype).view(*index.shape, width)
@@ -102,7 +104,7 @@ def _gather_kernel(
         held = present
         image = row // kept
     else:
-        held = row < tl.load(cu_seqlens + images)
+        held = present & (row < tl.load(cu_seqlens + images))
         image = image_of_row(cu_seqlens, row, images, SEARCH)
     place = tl.load(index + row, mask=held, other=0).to(tl.int64)
     # Nothing outside of x is read, whatever the index says.
@@ -122,6 +124,7 @@ def _gather_backward_kernel(
     index,  # [T]
     cu_seqlens,  # [B + 1] or None
     out,  # [ceil(B / images_per_sum), N, D]
+    tokens,  # T
     kept,  # K; unused if packed
     images,  # B
     patches,  # N
@@ -142,13 +145,13 @@ def _gather_backward_kernel(
             start = image * kept
             end = start + kept
         else:
-            start = tl.load(cu_seqlens + image)
-            end = tl.load(cu_seqlens + image + 1)
+            start = tl.maximum(tl.load(cu_seqlens + image), 0)
+            end = tl.minimum(tl.load(cu_seqlens + image + 1), tokens)
         for scanned in range(start, end, SCAN):
             token = scanned + tl.arange(0, SCAN)
-            # No patch has number -1, so nothing matches past the end.
-            place = tl.load(index + token, mask=token < end, other=-1).to(tl.int32)
-            match = (place[None, :] == patch[:, None]) & (token < end)[None, :]  # [ROWS, SCAN]
+            place = tl.load(index + token, mask=token < end, other=0).to(tl.int64)
+            inside = (token < end) & (place >= 0) & (place < patches)
+            match = (place.to(tl.int32)[None, :] == patch[:, None]) & inside[None, :]  # [ROWS, SCAN]
             # One round where indices are unique; in ascending order of tokens where they repeat.
             for _ in range(tl.max(tl.sum(match.to(tl.int32), axis=1), axis=0)):
                 nearest = tl.min(tl.where(match, token[None, :], end), axis=1)  # [ROWS]
@@ -166,8 +169,6 @@ def _triton(
     images, patches, width = x.shape
     out = torch.empty(*index.shape, width, dtype=dtype, device=x.device)
     tokens = index.numel()
-    if out.numel() == 0:
-        return out
     x = dense_rows(x)
     pos = None if pos is None else dense_rows(pos)
     columns = columns_per_program(width)
@@ -206,8 +207,6 @@ def _triton_backward(
     width = grad.shape[-1]
     sums = -(-images // images_per_sum)
     out = torch.empty(sums, patches, width, dtype=dtype, device=grad.device)
-    if out.numel() == 0:
-        return out
     columns = columns_per_program(width)
     # The search is a tile of rows × SCAN, kept as small as the tile of values: a larger one spills.
     rows = min(16, 2048 // columns)
@@ -216,6 +215,7 @@ def _triton_backward(
         index.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         out,
+        index.numel(),
         0 if cu_seqlens is not None else index.shape[1],
         images,
         patches,
@@ -289,6 +289,8 @@ def _gather_tokens(
     require_index_values("index", index, x.shape[1])
     if cu_seqlens is not None:
         require_cu_seqlens_values(cu_seqlens, index.numel())
+    if x.numel() == 0 or index.numel() == 0:
+        return x.new_zeros(*index.shape, x.shape[2], dtype=dtype)
     return _WAYS(preference, x.device, x, index, pos, cu_seqlens, dtype)
 
 
@@ -316,6 +318,8 @@ def _gather_tokens_backward(
     preference: str,
 ) -> Tensor:
     """[ceil(images / images_per_sum), N, D]: of each group of images, what its tokens add to each patch."""
+    if grad.numel() == 0:
+        return grad.new_zeros(-(-images // images_per_sum), patches, grad.shape[-1], dtype=dtype)
     return _BACKWARD_WAYS(
         preference, grad.device, grad, index, cu_seqlens, images, patches, images_per_sum, dtype
     )
@@ -409,10 +413,12 @@ def gather_tokens(
 
     Raises:
         ValueError: on a wrong shape, dtype or device; on the CPU, and on a GPU under FASTJEPA_DEBUG=1,
-            also for an index out of range. Without it a GPU takes zeros for such an index.
+            also for an index out of range. Without it the Triton kernels take zeros for such an index.
+        NotImplementedError: in forward-mode differentiation.
     """
     require(x.ndim == 3, lambda: f"x must be [B, N, D], got {shape_of(x)}")
     require_float("x", x)
+    refuse_forward_mode("gather_tokens", x, pos)
     require_same_device(x=x, index=index, pos=pos, cu_seqlens=cu_seqlens)
     require_index("index", index)
     if cu_seqlens is None:

@@ -25,7 +25,7 @@ from fastjepa_kernels.checks import (
     shape_of,
 )
 from fastjepa_kernels.choice import Way, Ways
-from fastjepa_kernels.gradients import refuse_double_backward
+from fastjepa_kernels.gradients import refuse_forward_mode, refuse_second_derivative
 from fastjepa_kernels.language import tl, triton
 from fastjepa_kernels.launch import dense_rows
 
@@ -256,7 +256,6 @@ _WAYS = Ways(
 _BACKWARD_WAYS = Ways(
     "jepa_loss_backward",
     Way("triton", _triton_backward, takes=_single_precision),
-    Way("cpp", _reference_backward),  # one product an element: torch's own C++ could not be beaten
     Way("torch", _reference_backward),
     size=lambda slope, *_rest: (slope.numel(),),
 )
@@ -349,8 +348,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     gradient = None
     if grad_out is not None and ctx.needs_input_grad[0]:
         require(ctx.need_gradient, "jepa_loss was called with need_gradient=False, so it has no gradient")
+        if torch.is_grad_enabled():  # under create_graph alone; the slope knows nothing of the prediction
+            refuse_second_derivative("jepa_loss")
         (slope,) = ctx.saved_tensors
-        if ctx.overwrite_slope and _is_last(slope):
+        if ctx.overwrite_slope and _is_last(slope, grad_out):
             torch.ops.fastjepa.jepa_loss_backward_(slope, grad_out, ctx.preference)
             gradient = slope
         else:
@@ -358,14 +359,26 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     return gradient, *[None] * 10
 
 
-def _is_last(saved: Tensor) -> bool:
-    """Whether no backward pass can follow this one, and it is run rather than traced."""
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return not kept and not torch.is_grad_enabled() and type(saved) is Tensor
+def _is_last(saved: Tensor, grad_out: Tensor) -> bool:
+    """Whether no backward pass can follow this one, and it is run rather than traced.
+
+    What a hook of saved_tensors_hooks unpacks is overwritten as well: one that keeps the tensor finds the
+    gradient in it afterwards.
+    """
+    if torch.compiler.is_compiling() or type(saved) is not Tensor or _is_batched(grad_out):
+        return False
+    # Private to torch: without it, no pass is known to be the last.
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return not keeps_graph()
+
+
+def _is_batched(grad_out: Tensor) -> bool:
+    """Whether it stands for several (vmap, is_grads_batched), which all need the slope."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad_out) or functorch.is_legacy_batchedtensor(grad_out)
 
 
 _jepa_loss.register_autograd(_backward, setup_context=_save)
-refuse_double_backward(_jepa_loss_backward, "jepa_loss")
 
 
 @register_flop_formula(
@@ -435,6 +448,7 @@ def jepa_loss(
         prediction=prediction, hidden=hidden, index=index, norm_weight=norm_weight, norm_bias=norm_bias
     )
     require_index("index", index)
+    refuse_forward_mode("jepa_loss", prediction)
     need_gradient = prediction.requires_grad and torch.is_grad_enabled()
     loss, _slope = torch.ops.fastjepa.jepa_loss(
         prediction,

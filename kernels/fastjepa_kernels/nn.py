@@ -187,7 +187,7 @@ class MaskedPatchEmbed(nn.Module):
 
         Returns:
             [B, K, D], or [T, D] if packed (rows past cu_seqlens[-1] hold the bias), in the dtype of the
-            weight, or of autocast. Gradient to the parameters.
+            weight, or of autocast (not with weights in float64). Gradient to the parameters.
 
         Raises:
             ValueError: images have another number of channels, or need a gradient, for which there is none;
@@ -203,8 +203,9 @@ class MaskedPatchEmbed(nn.Module):
         )
         weight = self.proj.weight.flatten(1)  # [D, C * p * p]
         device_type = images.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        # What the GEMM would cast to, so that the patches are written once, in that dtype.
+        # What the GEMM would cast to, so that the patches are written once, in that dtype. Autocast leaves
+        # float64 alone.
+        autocast = torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
         patches = patchify_gather(
             images, index, self.patch_size, self.mean, self.std, dtype, cu_seqlens

@@ -117,7 +117,7 @@ def _patchify_kernel(
         held = present
         image = row // kept
     else:
-        held = row < tl.load(cu_seqlens + batch)
+        held = present & (row < tl.load(cu_seqlens + batch))
         image = image_of_row(cu_seqlens, row, batch, SEARCH)
     if index is None:
         place = row - image * kept
@@ -161,8 +161,6 @@ def _triton(
     columns = width // patch_size
     patches = height // patch_size * columns
     out = images.new_empty(_shape(images, index, patch_size), dtype=dtype)
-    if out.numel() == 0:
-        return out
     tokens = out.shape[:-1].numel()
     # 16 elements a thread: a load of 16 bytes where a row of a patch has 16 pixels.
     pixels = min(triton.next_power_of_2(patch_size**2), 2048)
@@ -219,19 +217,6 @@ _WAYS = Ways(
 )
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C] float64. Copied once: a copy in every call could not be part of a CUDA graph."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _channels(tensor: Tensor | None, values: list[float], device: torch.device) -> Tensor | None:
-    if tensor is None:
-        return _on_device(tuple(values), device) if values else None
-    # A blocking copy of a handful of numbers would wait for all the work queued on the device.
-    return tensor.to(device, non_blocking=True)
-
-
 @torch.library.custom_op("fastjepa::patchify_gather", mutates_args=())
 def _patchify_gather(
     images: Tensor,
@@ -239,20 +224,17 @@ def _patchify_gather(
     patch_size: int,
     mean: Tensor | None,
     std: Tensor | None,
-    mean_values: list[float],
-    std_values: list[float],
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
     preference: str,
 ) -> Tensor:
-    """`mean` and `std` as tensors or, where these are None, as numbers; an empty list for none."""
     if index is not None:
         _, _, height, width = images.shape
         require_index_values("index", index, (height // patch_size) * (width // patch_size))
         if cu_seqlens is not None:
             require_cu_seqlens_values(cu_seqlens, index.numel())
-    mean = _channels(mean, mean_values, images.device)
-    std = _channels(std, std_values, images.device)
+    if images.numel() == 0:
+        return images.new_zeros(_shape(images, index, patch_size), dtype=dtype)
     return _WAYS(preference, images.device, images, index, patch_size, mean, std, dtype, cu_seqlens)
 
 
@@ -263,8 +245,6 @@ def _(
     patch_size: int,
     mean: Tensor | None,
     std: Tensor | None,
-    mean_values: list[float],
-    std_values: list[float],
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
     preference: str,
@@ -315,15 +295,15 @@ def patchify_gather(
     require(dtype in FLOAT_DTYPES, lambda: f"dtype must be floating point, got {dtype}")
     batch, channels, height, width = images.shape
     require(
+        isinstance(patch_size, int | torch.SymInt),
+        lambda: f"patch_size must be a whole number of pixels, got {patch_size!r}",
+    )
+    require(
         patch_size > 0 and height % patch_size == 0 and width % patch_size == 0,
         lambda: f"patch_size must divide the image, got {patch_size} for {height} x {width} pixels",
     )
-    for name, values in (("mean", mean), ("std", std)):
-        require(
-            values is None
-            or (values.shape == (channels,) if isinstance(values, Tensor) else len(values) == channels),
-            f"{name} must have one value for each of {channels} channels",
-        )
+    _require_one_for_each("mean", mean, channels)
+    _require_one_for_each("std", std, channels)
     require_same_device(images=images, index=index, cu_seqlens=cu_seqlens)
     require(cu_seqlens is None or index is not None, "cu_seqlens needs a packed index [T]")
     if index is not None:
@@ -340,24 +320,39 @@ def patchify_gather(
                 cu_seqlens.numel() == batch + 1,
                 lambda: f"cu_seqlens must have B + 1 = {batch + 1} entries, got {cu_seqlens.numel()}",
             )
-    mean_tensor, mean_values = _split(mean)
-    std_tensor, std_values = _split(std)
     return torch.ops.fastjepa.patchify_gather(
         images.detach(),
         index,
         patch_size,
-        mean_tensor,
-        std_tensor,
-        mean_values,
-        std_values,
+        _on_device(mean, images.device),
+        _on_device(std, images.device),
         dtype,
         cu_seqlens,
         choice.preference(),
     )
 
 
-def _split(values: Channels) -> tuple[Tensor | None, list[float]]:
-    """As a tensor or as numbers: an op has one type for each argument."""
+def _require_one_for_each(name: str, values: Channels, channels: int) -> None:
     if isinstance(values, Tensor):
-        return values.detach(), []
-    return None, [float(value) for value in values or ()]
+        fits = values.shape == (channels,)
+    else:
+        fits = values is None or (hasattr(values, "__len__") and len(values) == channels)
+    require(fits, lambda: f"{name} must have one value for each of {channels} channels, got {values}")
+
+
+def _on_device(values: Channels, device: torch.device) -> Tensor | None:
+    """[C]. Numbers are copied once: a copy in every call could not be part of a CUDA graph."""
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        # A blocking copy of a handful of numbers would wait for all the work queued on a GPU.
+        return values.detach().to(device, non_blocking=device.type == "cuda")
+    numbers = tuple(float(value) for value in values)
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return _numbers_on_device(numbers, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers_on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastjepa_kernels import choice
-from fastjepa_kernels.checks import require, require_float, require_same_device, shape_of
+from fastjepa_kernels.checks import require, require_float, require_same_device, require_writable, shape_of
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import tl, triton
 from fastjepa_kernels.launch import dense_rows
-from fastjepa_kernels.memory import find_shared
+from fastjepa_kernels.overlap import find_shared
 
 _LARGEST = 448.0  # of float8_e4m3fn
 _SMALLEST_SCALE = 2.0**-126  # fp32's smallest normal number: rows of zeros, or nearly, are divided by it
@@ -117,10 +117,11 @@ _WAYS = Ways(
 
 @torch.library.custom_op("fastjepa::quantize_rows_", mutates_args=("out", "scale"))
 def _quantize_rows_(x: Tensor, out: Tensor, scale: Tensor, preference: str) -> None:
+    names = ("out", "scale", "x")
     shared = find_shared([out, scale], [x])
     if shared is not None:
-        names = ("out", "scale", "x")
         raise ValueError(f"{' and '.join(sorted({names[i] for i in shared}))} must not share memory")
+    require_writable([out, scale], names.__getitem__)
     _WAYS(preference, x.device, x, out, scale)
 
 
@@ -150,17 +151,18 @@ def quantize_rows_(x: Tensor, out: Tensor, scale: Tensor) -> None:
         scale: [R] fp32. A row of zeros gets 2**-126, the least there is.
 
     Raises:
-        ValueError: on a wrong shape, dtype or device, or shared memory; nothing is written then.
+        ValueError: on a wrong shape, dtype or device, shared memory, or out or scale made in inference mode
+            and this is outside of it; nothing is written then.
     """
-    require(x.ndim == 2, f"x must be [R, K], got {shape_of(x)}")
+    require(x.ndim == 2, lambda: f"x must be [R, K], got {shape_of(x)}")
     require_float("x", x)
     require_same_device(x=x, out=out, scale=scale)
     require(
         out.dtype == torch.float8_e4m3fn and out.shape == x.shape,
-        f"out must be [R, K] = {list(x.shape)} in float8_e4m3fn, got {shape_of(out)}",
+        lambda: f"out must be [R, K] = {list(x.shape)} in float8_e4m3fn, got {shape_of(out)}",
     )
     require(
         scale.dtype == torch.float32 and scale.shape == x.shape[:1],
-        f"scale must be [R] = [{x.shape[0]}] in float32, got {shape_of(scale)}",
+        lambda: f"scale must be [R] = [{x.shape[0]}] in float32, got {shape_of(scale)}",
     )
     torch.ops.fastjepa.quantize_rows_(x, out, scale, choice.preference())

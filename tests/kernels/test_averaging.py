@@ -1,7 +1,8 @@
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -168,6 +169,22 @@ def test_loading_is_strict_about_names_and_shapes() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in averages_of(ema).items())
 
 
+@pytest.mark.parametrize("working_dtype", [None, torch.bfloat16])
+def test_loaded_tensors_are_not_assigned(working_dtype: torch.dtype | None) -> None:
+    ema = fk.EMA(vit(), 0.9, working_dtype=working_dtype)
+    before, other = averages_of(ema), vit().half().state_dict()
+    with pytest.raises(ValueError, match="load_state_dict of an average must not assign"):
+        ema.model.load_state_dict(other, assign=True)
+    with pytest.raises(ValueError, match="must not assign"):
+        ema.load_state_dict({f"model.{name}": value for name, value in other.items()}, assign=True)
+    assert all(torch.equal(value, before[name]) for name, value in averages_of(ema).items())
+    assert {parameter.dtype for parameter in ema.parameters()} == {working_dtype or torch.float32}
+    with pytest.raises(ValueError, match=r"dict\(state_dict\) has none"):
+        ema.model.load_state_dict(other)
+    ema.model.load_state_dict(dict(other))
+    assert all(torch.equal(value, other[name].float()) for name, value in averages_of(ema).items())
+
+
 def test_casts_are_of_the_working_copy_alone() -> None:
     student = vit()
     ema = fk.EMA(student, torch.tensor(0.9, dtype=torch.float64))
@@ -201,6 +218,66 @@ def test_it_moves_between_devices() -> None:
     for name, parameter in student.named_parameters():
         expected = torch.lerp(state[name], parameter.detach().float(), 1 - 0.9)
         torch.testing.assert_close(averages_of(ema)[name], expected)
+
+
+@pytest.mark.parametrize("method", [nn.Module.bfloat16, nn.Module.half])
+def test_a_cast_of_the_model_alone_is_refused(method: Callable[[nn.Module], nn.Module]) -> None:
+    student = vit()
+    ema = fk.EMA(student, 0.9)
+    method(ema.model)
+    before = averages_of(ema)
+    change(student)
+    with pytest.raises(ValueError, match=r"cls_token cannot be averaged in .*float16 on cpu .* by EMA\.to"):
+        ema.update(student)
+    assert all(torch.equal(value, before[name]) for name, value in averages_of(ema).items())
+    ema.to(ema.model.get_parameter("cls_token").dtype)  # as the message says
+    ema.update(student, 0.0)
+    assert torch.equal(averages_of(ema)["head.weight"], student.get_parameter("head.weight"))
+
+
+def test_a_move_of_the_model_alone_is_refused() -> None:
+    student = vit()
+    ema = fk.EMA(student, 0.9, working_dtype=torch.bfloat16)
+    ema.model.to("meta")
+    with pytest.raises(ValueError, match=r"float32 on cpu beside .* bfloat16 on meta: .* by EMA\.to"):
+        ema.update(student)
+
+
+class Rotary(nn.Linear):
+    """With a cache that the first forward pass makes, and a constant; of neither is there a state dict."""
+
+    cache: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("scale", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = torch.arange(len(x)).float()
+        return super().forward(x)
+
+
+def test_caches_of_a_forward_pass_may_differ() -> None:
+    student = nn.Sequential(Rotary())
+    ema = fk.EMA(student, 0.9)
+    inner: Any = ema.model.get_submodule("0")
+    outer: Any = student.get_submodule("0")
+    student(torch.zeros(3, 2))
+    student.get_buffer("0.scale").fill_(5)
+    ema.update(student)
+    assert inner.cache is None
+    assert ema.model.get_buffer("0.scale").tolist() == [5, 5]
+    ema(torch.zeros(4, 2))
+    ema.update(student)
+    assert inner.get_buffer("cache").tolist() == [0, 1, 2, 3]
+    student(torch.zeros(4, 2))
+    outer.get_buffer("cache").mul_(2)
+    ema.update(student)
+    assert inner.get_buffer("cache").tolist() == [0, 2, 4, 6]
+    outer.cache = None
+    ema.update(student)
+    assert inner.get_buffer("cache").tolist() == [0, 2, 4, 6]
 
 
 def test_copies_are_their_own() -> None:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import fastjepa_kernels as fk
 from fastjepa_kernels import choice
@@ -65,7 +67,7 @@ def test_a_preference_is_met_where_it_can_be(ways: Ways) -> None:
 def test_a_strict_preference_is_met_or_refused(ways: Ways) -> None:
     with fk.use("sdpa", strict=True):
         assert ways(choice.preference(), CPU, 1) == "sdpa"
-        with pytest.raises(ValueError, match="an_op cannot run as 'sdpa' with these .*it can as torch"):
+        with pytest.raises(ValueError, match=r"an_op cannot run as .sdpa. with these .*it can as torch"):
             ways(choice.preference(), CPU, -1)
     with fk.use("varlen", strict=True), pytest.raises(ValueError, match="cannot run as 'varlen'"):
         ways(choice.preference(), CPU, 1)
@@ -78,6 +80,45 @@ def test_a_strict_preference_reaches_the_gradient() -> None:
         pytest.raises(ValueError, match="gather_tokens cannot run as 'triton'"),
     ):
         fk.gather_tokens(x, torch.tensor([[0]]))
+
+
+@pytest.fixture
+def gradient() -> Iterator[Ways]:
+    """Of an op that has sdpa for its forward pass alone, and varlen on other devices."""
+    yield Ways("an_op_backward", Way("varlen", lambda x: "varlen"), Way("torch", lambda x: "torch"))
+    del choice._OPS["an_op_backward"]
+
+
+def test_a_gradient_without_that_implementation_follows_a_strict_preference(gradient: Ways) -> None:
+    with fk.use("sdpa", strict=True):
+        assert gradient(choice.preference(), CPU, 1) == "torch"
+    with fk.use("varlen", strict=True), pytest.raises(ValueError, match="an_op_backward cannot run as"):
+        gradient(choice.preference(), CPU, 1)
+
+
+def test_a_preference_holds_where_torch_compile_traces_it() -> None:
+    def take(x: Tensor, index: Tensor) -> Tensor:
+        with fk.use("varlen", strict=True):
+            return fk.gather_tokens(x, index)
+
+    compiled = torch.compile(take, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="gather_tokens cannot run as 'varlen'"):
+        compiled(torch.randn(1, 3, 4), torch.tensor([[0]]))
+    assert choice.preference() == ""
+
+
+def test_only_what_a_choice_goes_by_is_looked_at() -> None:
+    def fail(*_args: Any) -> Any:
+        raise AssertionError("looked at")
+
+    ways = Ways(
+        "an_op", Way("sdpa", lambda x: "sdpa"), Way("torch", lambda x: "torch", takes=fail), size=fail
+    )
+    try:
+        assert ways("", CPU, 1) == "sdpa"
+        assert ways("sdpa", CPU, 1) == "sdpa"
+    finally:
+        del choice._OPS["an_op"]
 
 
 def test_the_preference_ends_with_an_error() -> None:

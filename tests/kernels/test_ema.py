@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
 from fastjepa_kernels import ema_triton
-from fastjepa_kernels.memory import find_shared
 
 IMPLEMENTATIONS = fk.implementations("ema_update_", "cpu")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -23,6 +22,22 @@ def use(implementation: str) -> Iterator[str]:
         yield implementation
 
 
+Update = Callable[[Any, Any, Any], None]
+
+
+@pytest.fixture
+def update(use: str) -> Update:
+    """ema_update_ of plain fp32. In C++ with a copy, because without one it leaves that to torch."""
+
+    def run(shadow: Any, source: Any, momentum: float | Tensor) -> None:
+        shadows = [shadow] if isinstance(shadow, Tensor) else shadow
+        copies = [torch.full_like(average, torch.nan) for average in shadows] if use == "cpp" else None
+        fk.ema_update_(shadow, source, momentum, copies)
+        assert copies is None or all(map(torch.equal, copies, shadows))
+
+    return run
+
+
 def assert_is_lerp(out: Tensor, shadow: Tensor, source: Tensor, momentum: float) -> None:
     """Bit by bit: fp32 shadow + (1 - momentum) * (source - shadow), the product rounded first or fused."""
     weight, difference = np.float32(1 - momentum), source.numpy() - shadow.numpy()
@@ -32,46 +47,42 @@ def assert_is_lerp(out: Tensor, shadow: Tensor, source: Tensor, momentum: float)
 
 
 @each_implementation
-@pytest.mark.usefixtures("use")
 @pytest.mark.parametrize("momentum", [0.7, 0.9, 0.996, 0.99999])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_it_is_the_linear_interpolation(momentum: float, as_tensor: bool) -> None:
+def test_it_is_the_linear_interpolation(update: Update, momentum: float, as_tensor: bool) -> None:
     shadows = [torch.randn(3, 5), torch.randn(()), torch.randn(17), torch.randn(0), torch.randn(2, 1, 4)]
     sources = [torch.randn_like(shadow) for shadow in shadows]
     before = [shadow.clone() for shadow in shadows]
     kept = [source.clone() for source in sources]
-    fk.ema_update_(shadows, sources, torch.tensor(momentum, dtype=torch.float64) if as_tensor else momentum)
+    update(shadows, sources, torch.tensor(momentum, dtype=torch.float64) if as_tensor else momentum)
     for shadow, old, source, untouched in zip(shadows, before, sources, kept, strict=True):
         assert_is_lerp(shadow, old, source, momentum)
         assert torch.equal(source, untouched)
 
 
 @each_implementation
-@pytest.mark.usefixtures("use")
-def test_a_flat_tensor_gets_the_bits_of_a_list() -> None:
+def test_a_flat_tensor_gets_the_bits_of_a_list(update: Update) -> None:
     flat, source = torch.randn(1001), torch.randn(1001)
     parts = [part.clone() for part in flat.split([1, 400, 600])]
-    fk.ema_update_(flat, source, 0.99)
-    fk.ema_update_(parts, list(source.split([1, 400, 600])), 0.99)
+    update(flat, source, 0.99)
+    update(parts, list(source.split([1, 400, 600])), 0.99)
     assert torch.equal(flat, torch.cat(parts))
 
 
 @each_implementation
-@pytest.mark.usefixtures("use")
-def test_the_ends_are_exact() -> None:
+def test_the_ends_are_exact(update: Update) -> None:
     start, source = torch.randn(100), torch.randn(100)
     shadow = start.clone()
-    fk.ema_update_(shadow, source, 1.0)
+    update(shadow, source, 1.0)
     assert torch.equal(shadow, start)
-    fk.ema_update_(shadow, source, 0)
+    update(shadow, source, 0)
     assert torch.equal(shadow, source)
 
 
 @each_implementation
-@pytest.mark.usefixtures("use")
-def test_a_momentum_in_fp32_is_as_exact_as_it_is() -> None:
+def test_a_momentum_in_fp32_is_as_exact_as_it_is(update: Update) -> None:
     shadow, source, momentum = torch.zeros(10), torch.ones(10), torch.tensor(0.996)
-    fk.ema_update_(shadow, source, momentum)
+    update(shadow, source, momentum)
     assert torch.equal(shadow, (1 - momentum).expand(10))
 
 
@@ -159,6 +170,15 @@ def test_shapes_layouts_and_dtypes(
     assert all(torch.equal(source, before) for source, before in zip(sources, kept, strict=True))
 
 
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs the extension")
+def test_what_cpp_leaves_to_torch_is_not_called_cpp() -> None:
+    shadow = torch.randn(5)
+    before = shadow.clone()
+    with fk.use("cpp", strict=True), pytest.raises(ValueError, match=r"cannot run as .cpp. .* can as torch"):
+        fk.ema_update_(shadow, torch.randn(5), 0.5)
+    assert torch.equal(shadow, before)
+
+
 def test_plain_torch_is_torch_lerp_bit_by_bit() -> None:
     for momentum in (0.1, 0.5, 0.9, 0.9999):
         shadow, source = torch.randn(1003), torch.randn(1003)
@@ -205,9 +225,11 @@ def test_the_table_is_made_once_for_the_same_tensors() -> None:
         assert_is_lerp(shadows[1][:4], before[:4], sources[1][:4], 0.75)
 
 
-@each_implementation
 @pytest.mark.usefixtures("use")
-@pytest.mark.parametrize("with_working", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "with_working"),
+    [(name, copies) for name in IMPLEMENTATIONS for copies in (False, True) if copies or name != "cpp"],
+)
 def test_the_op_is_registered_as_torch_wants_it(with_working: bool) -> None:
     shadow, source = [torch.randn(3, 2), torch.randn(5)], [torch.randn(3, 2), torch.randn(5)]
     working = [torch.randn(3, 2).half(), torch.randn(5)] if with_working else []
@@ -259,11 +281,10 @@ def test_it_compiles_with_rounding() -> None:
 
 
 @each_implementation
-@pytest.mark.usefixtures("use")
-def test_parameters_are_moved_without_gradient() -> None:
+def test_parameters_are_moved_without_gradient(update: Update) -> None:
     shadow = torch.nn.Parameter(torch.zeros(3))
     source = torch.nn.Parameter(torch.ones(3))
-    fk.ema_update_([shadow], [source], 0.5)
+    update([shadow], [source], 0.5)
     assert shadow.tolist() == [0.5] * 3
     assert shadow.is_leaf
     assert shadow.requires_grad
@@ -342,35 +363,6 @@ def test_neighbouring_columns_are_not_overlaps() -> None:
     assert torch.equal(whole, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0]).expand(5, 7))
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 30), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), max_size=2)),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(0, 3),
-)
-def test_shared_bytes_are_found_exactly(views: list[tuple[int, list[tuple[int, int]]]], written: int) -> None:
-    buffer = torch.zeros(64, dtype=torch.int16)
-    tensors = [buffer.as_strided([n for n, _ in dims], [s for _, s in dims], start) for start, dims in views]
-    held: list[list[int]] = []
-    for tensor in tensors:
-        places = torch.arange(64).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        held.append(places.flatten().tolist())
-    apart, seen = True, set[int]()
-    for positions in held[:written]:
-        apart = apart and len(set(positions)) == len(positions) and seen.isdisjoint(positions)
-        seen.update(positions)
-    apart = apart and all(seen.isdisjoint(positions) for positions in held[written:])
-    found = find_shared(tensors[:written], tensors[written:])
-    assert (found is None) == apart
-    if found is not None:
-        first, second = found
-        assert first < written
-        assert set(held[first]) & set(held[second])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -385,6 +377,9 @@ def test_shared_bytes_are_found_exactly(views: list[tuple[int, list[tuple[int, i
         ({"momentum": 1.01}, r"must lie in \[0, 1\], got 1.01"),
         ({"momentum": -0.1}, r"must lie in \[0, 1\]"),
         ({"momentum": float("nan")}, r"must lie in \[0, 1\]"),
+        ({"momentum": torch.tensor(1.5)}, r"must lie in \[0, 1\], got 1.5"),
+        ({"momentum": torch.tensor(-0.5, dtype=torch.float64)}, r"must lie in \[0, 1\], got -0.5"),
+        ({"momentum": torch.tensor(torch.nan)}, r"must lie in \[0, 1\], got nan"),
         ({"momentum": torch.tensor([0.5])}, "momentum must be a float, or 0-d"),
         ({"momentum": torch.tensor(0.5, device="meta")}, "on the device of shadow"),
         ({"momentum": torch.tensor(1)}, "momentum must be floating point"),
@@ -398,3 +393,27 @@ def test_wrong_arguments_are_named_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         fk.ema_update_(**given)
     assert not any(tensor.any() for tensor in shadow)
+
+
+def made_in_inference_mode(*shape: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(shape)
+
+
+@pytest.mark.parametrize("wrong", ["shadow", "working"])
+def test_tensors_of_inference_mode_are_refused_outside_of_it_before_anything_is_written(wrong: str) -> None:
+    tensors: dict[str, Any] = {name: [torch.zeros(3), torch.zeros(2)] for name in ("shadow", "working")}
+    tensors[wrong][1] = made_in_inference_mode(2)
+    source = [torch.ones(3), made_in_inference_mode(2)]
+    with pytest.raises(ValueError, match=rf"{wrong}\[1\] was made in torch.inference_mode"):
+        fk.ema_update_(source=source, momentum=0.5, **tensors)
+    assert not any(tensor.any() for tensor in (*tensors["shadow"], *tensors["working"]))
+
+
+def test_an_average_can_be_made_and_moved_in_inference_mode() -> None:
+    shadow = made_in_inference_mode(3)
+    with torch.inference_mode():
+        fk.ema_update_(shadow, torch.ones(3), 0.5)
+    assert shadow.tolist() == [0.5] * 3
+    fk.ema_update_(average := torch.zeros(3), shadow, 0.5)
+    assert average.tolist() == [0.25] * 3

@@ -21,6 +21,14 @@ def use(implementation: str) -> Iterator[str]:
         yield implementation
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nothing was written to reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def widest(implementation: str) -> torch.dtype:
     return torch.float32 if implementation == "triton" else torch.float64
 
@@ -162,6 +170,71 @@ def test_half_precision_and_the_same_bits_twice() -> None:
     exact.scatter_add_(1, index[..., None].expand(-1, -1, 40), upstream.double())
     # Summed wider than fp16, so that only the last rounding shows.
     torch.testing.assert_close(first.double(), exact, rtol=2**-11, atol=2**-12)
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_positions_of_the_same_precision_are_added_before_the_cast() -> None:
+    x, pos = torch.randn(2, 4, 8).half(), torch.randn(4, 8).half()
+    index = torch.tensor([[0, 3], [2, 1]])
+    exact = rows_one_by_one(x.double(), index, pos.double())
+    torch.testing.assert_close(fk.gather_tokens(x, index, pos, dtype=torch.float32), exact.float())
+
+
+@each_implementation
+@pytest.mark.usefixtures("use", "poisoned")
+@pytest.mark.parametrize("width", [40, 64, 130])
+def test_every_element_is_written(width: int) -> None:
+    x, pos = torch.randn(3, 19, width, requires_grad=True), torch.randn(19, width)
+    index = torch.randint(19, (3, 11), dtype=torch.int32)
+    out = fk.gather_tokens(x, index, pos)
+    assert torch.equal(out, rows_one_by_one(x, index, pos))
+    (found,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    taken = torch.zeros(3, 19).scatter_add_(1, index.long(), torch.ones(3, 11))
+    assert torch.equal(found, taken[..., None].expand(-1, -1, width))
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.usefixtures("use", "poisoned")
+def test_on_a_gpu_wrong_values_read_and_write_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a look at the values would wait for the device, they are not checked.
+    for check in ("require_index_values", "require_cu_seqlens_values"):
+        monkeypatch.setattr(f"fastjepa_kernels.gather.{check}", lambda *_arguments: None)
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    index = torch.tensor([[1, -1, 4], [2**32, 0, 2**31 - 1]])
+    out = fk.gather_tokens(x, index)
+    assert torch.equal(out[0, 0], x[0, 1])
+    assert torch.equal(out[1, 1], x[1, 0])
+    assert bool((out[[0, 0, 1, 1], [1, 2, 0, 2]] == 0).all())
+    (found,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert found[..., 0].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+    kept, beyond = torch.tensor([0, 3, 1]), torch.tensor([0, 2, 5000], dtype=torch.int32)
+    surroundings = torch.full((5000, 8), torch.nan)
+    surroundings[:3] = 1
+    packed = fk.gather_tokens(x, kept, cu_seqlens=beyond)
+    assert torch.equal(packed, x[[0, 0, 1], kept])
+    (found,) = torch.autograd.grad(packed, x, surroundings[:3])
+    assert found[..., 0].tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_nothing_to_take_or_to_take_from() -> None:
+    index, none = torch.zeros(5, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+    assert torch.equal(fk.gather_tokens(torch.randn(0, 3, 4), index, cu_seqlens=none), torch.zeros(5, 4))
+    x = torch.randn(2, 3, 0, requires_grad=True)
+    fk.gather_tokens(x, index.view(5, 1)[:2]).sum().backward()
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    fk.gather_tokens(x, index.view(5, 1)[:2, :0]).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 0).all())
+
+
+def test_tangents_are_refused_not_dropped() -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(NotImplementedError, match="gather_tokens cannot be differentiated in forward mode"):
+        torch.func.jvp(lambda x: fk.gather_tokens(x, torch.tensor([[0]])), (x,), (x,))
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "triton"])

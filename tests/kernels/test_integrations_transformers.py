@@ -98,6 +98,21 @@ def test_weights_are_concatenated_where_tokens_are_many(batch: int, projected: i
     assert len(own & called) == projected
 
 
+@pytest.mark.parametrize("with_bias", [("q_proj",), ("q_proj", "v_proj")])
+def test_some_projections_may_have_a_bias(packed_calls: PackedCalls, with_bias: tuple[str, ...]) -> None:
+    model = ijepa(qkv_bias=False)
+    for module in model.modules():
+        for name in with_bias:
+            if hasattr(module, name):
+                module.get_submodule(name).bias = nn.Parameter(torch.randn(32))
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    fk.integrations.patch_transformers(model)
+    with packed_calls() as calls:
+        torch.testing.assert_close(model(images).last_hidden_state, expected)
+    assert len(calls) == 2
+
+
 def test_projections_with_hooks_are_called(packed_calls: PackedCalls) -> None:
     model = ijepa()
     images = torch.randn(3, 3, 32, 32)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
@@ -250,16 +252,108 @@ def test_a_kept_graph_gives_its_gradient_again() -> None:
         torch.autograd.grad(loss, prediction)
 
 
+refused = pytest.raises(NotImplementedError, match="jepa_loss has no second derivative")
+
+
 @each_implementation
 @pytest.mark.usefixtures("use")
 def test_a_second_derivative_is_refused() -> None:
     prediction, hidden, index, weight, bias = inputs(8, dtype=torch.float32)
+
+    def loss(prediction: Tensor) -> Tensor:
+        return fk.jepa_loss(prediction, hidden, index, weight, bias)
+
+    with refused:
+        torch.autograd.functional.hvp(loss, prediction, torch.ones_like(prediction))
     prediction.requires_grad_()
     scale = torch.tensor(2.0, requires_grad=True)
-    loss = scale * fk.jepa_loss(prediction, hidden, index, weight, bias)
-    (gradient,) = torch.autograd.grad(loss, prediction, create_graph=True)
-    with pytest.raises(NotImplementedError, match="jepa_loss has no second derivative"):
-        gradient.sum().backward()
+    for each in (
+        loss,
+        lambda prediction: scale * loss(prediction),
+        lambda prediction: checkpoint(loss, prediction, use_reentrant=False),
+        torch.compile(loss, fullgraph=True, backend="eager"),
+    ):
+        out = each(prediction)
+        with refused:  # a gradient penalty
+            torch.autograd.grad(out, prediction, create_graph=True)
+
+
+@each_implementation
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("use")
+def test_it_can_be_checkpointed(reentrant: bool) -> None:
+    prediction, hidden, index, weight, bias = inputs(17, dtype=torch.float32)
+    prediction.requires_grad_()
+
+    def loss(prediction: Tensor) -> Tensor:
+        return fk.jepa_loss(2 * prediction, hidden, index, weight, bias)
+
+    (expected,) = torch.autograd.grad(loss(prediction), prediction)
+    checkpoint(loss, prediction, use_reentrant=reentrant).backward()
+    assert prediction.grad is not None
+    assert torch.equal(prediction.grad, expected)
+
+
+@each_implementation
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.usefixtures("use")
+def test_several_gradients_at_once() -> None:
+    prediction, hidden, index, weight, bias = inputs(18, dtype=torch.float32)
+    prediction.requires_grad_()
+
+    def gradients(upstream: Tensor, batched: bool = False) -> Tensor:
+        loss = fk.jepa_loss(prediction, hidden, index, weight, bias)
+        return torch.autograd.grad(loss, prediction, [upstream], is_grads_batched=batched)[0]
+
+    upstream = torch.tensor([1.0, -2.0, 3.0])
+    expected = torch.stack([gradients(each) for each in upstream])
+    assert torch.equal(gradients(upstream, batched=True), expected)
+    assert torch.equal(torch.vmap(gradients)(upstream), expected)
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_a_compiled_step_may_hold_the_backward_pass() -> None:
+    prediction, hidden, index, weight, bias = inputs(19, dtype=torch.float32)
+
+    def step(prediction: Tensor) -> None:
+        fk.jepa_loss(prediction, hidden, index, weight, bias).backward()
+
+    expected, found = (prediction.clone().requires_grad_() for _ in range(2))
+    step(expected)
+    torch.compile(step, backend="eager")(found)
+    assert found.grad is not None
+    assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_where_torch_does_not_say_whether_the_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    prediction, hidden, index, weight, bias = inputs(20)
+    prediction.requires_grad_()
+
+    def gradient() -> tuple[Tensor, bool]:
+        with FlopCounterMode(display=False) as counter:
+            fk.jepa_loss(prediction, hidden, index, weight, bias).backward()
+        found, prediction.grad = prediction.grad, None
+        assert found is not None
+        return found, torch.ops.fastjepa.jepa_loss_backward_ in counter.get_flop_counts()["Global"]
+
+    expected, in_place = gradient()
+    assert in_place
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    found, in_place = gradient()
+    assert not in_place
+    assert torch.equal(found, expected)
+
+
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_forward_mode_is_refused() -> None:
+    prediction, hidden, index, weight, bias = inputs(21, dtype=torch.float32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(prediction, torch.ones_like(prediction))
+        with pytest.raises(NotImplementedError, match="jepa_loss cannot be differentiated in forward mode"):
+            fk.jepa_loss(dual, hidden, index, weight, bias)
 
 
 @each_implementation

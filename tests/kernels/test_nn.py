@@ -184,6 +184,16 @@ def test_patches_are_written_in_the_dtype_of_autocast(monkeypatch: pytest.Monkey
     assert taken == [torch.bfloat16, torch.float32, torch.float16]
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    module = fk.nn.MaskedPatchEmbed(4, 3, 16, dtype=torch.float64)
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(images)
+        expected = module.proj(images).flatten(2).transpose(1, 2)  # [B, N, D]
+    assert out.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(out, expected)
+
+
 def test_patch_embedding_names_a_bad_argument() -> None:
     module = fk.nn.MaskedPatchEmbed(4, 3, 16)
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \[2, 1, 8, 8\]"):

@@ -266,7 +266,7 @@ def test_the_op_is_registered_as_torch_wants_it(way: str) -> None:
     index = {"all": None, "dense": torch.tensor([[5, 0], [3, 3]]), "packed": torch.tensor([5, 0, 3])}[way]
     starts = torch.tensor([0, 1, 3], dtype=torch.int32) if way == "packed" else None
     std = torch.tensor(STD[:3]) if way == "dense" else None
-    arguments: tuple[Any, ...] = (images, index, 2, None, std, list(MEAN[:3]), [], torch.float32, starts)
+    arguments: tuple[Any, ...] = (images, index, 2, torch.tensor(MEAN[:3]), std, torch.float32, starts)
     torch.library.opcheck(torch.ops.fastjepa.patchify_gather, (*arguments, fk.choice.preference()))
 
 
@@ -289,6 +289,26 @@ def test_it_compiles_without_a_break(as_tensors: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@each_implementation
+@pytest.mark.usefixtures("use")
+def test_nothing_to_read_gives_zeros() -> None:
+    index, starts = torch.zeros(5, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+    none = fk.patchify_gather(torch.zeros(0, 3, 4, 4), index[:0], 2, cu_seqlens=starts)
+    assert none.shape == (0, 12)
+    assert fk.patchify_gather(torch.zeros(2, 3, 0, 4), None, 2).shape == (2, 0, 12)
+    assert fk.patchify_gather(torch.zeros(2, 3, 4, 4), index.view(5, 1)[:2, :0], 2).shape == (2, 0, 12)
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.usefixtures("use", "poisoned")
+def test_on_a_gpu_wrong_cu_seqlens_read_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjepa_kernels.patchify.require_cu_seqlens_values", lambda *_arguments: None)
+    images, index = torch.rand(2, 1, 4, 4), torch.tensor([0, 3, 1])
+    expected = fk.patchify_gather(images, index, 2, cu_seqlens=torch.tensor([0, 1, 3], dtype=torch.int32))
+    beyond = torch.tensor([0, 1, 5000], dtype=torch.int32)
+    assert torch.equal(fk.patchify_gather(images, index, 2, cu_seqlens=beyond), expected)
+
+
 def test_flop_counters_see_it() -> None:
     with FlopCounterMode(display=False) as counter:
         fk.patchify_gather(torch.rand(2, 3, 4, 6), None, 2)
@@ -308,6 +328,9 @@ STARTS = torch.tensor([0, 2, 4], dtype=torch.int32)
         ({"patch_size": 0}, "patch_size must divide"),
         ({"dtype": torch.uint8}, "dtype must be floating point"),
         ({"mean": (0.5,)}, "mean must have one value for each of 3 channels"),
+        ({"mean": 0.5}, r"mean must have one value for each of 3 channels, got 0\.5"),
+        ({"patch_size": 2.0}, r"patch_size must be a whole number of pixels, got 2\.0"),
+        ({"patch_size": (2, 2)}, r"patch_size must be a whole number of pixels, got \(2, 2\)"),
         ({"std": torch.ones(4)}, "std must have one value for each of 3 channels"),
         ({"mean": torch.ones(3, 1, 1)}, "mean must have one value for each of 3 channels"),
         ({"mean": torch.tensor(0.5)}, "mean must have one value for each of 3 channels"),

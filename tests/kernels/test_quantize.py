@@ -209,3 +209,13 @@ def test_shared_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="out and x must not share memory"):
         fk.quantize_rows_(x, out, torch.zeros(4))
     assert bool((x == 1).all())
+
+
+def test_a_tensor_of_inference_mode_is_refused_before_anything_is_written() -> None:
+    with torch.inference_mode():
+        scale = torch.full((2,), 7.0)
+    out = torch.zeros(2, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"scale was made in torch\.inference_mode"):
+        fk.quantize_rows_(torch.randn(2, 4), out, scale)
+    assert scale.tolist() == [7, 7]
+    assert bool((out.float() == 0).all())

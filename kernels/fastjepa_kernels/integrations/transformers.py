@@ -83,7 +83,8 @@ class PackedTransformersAttention(Swapped):
     def _qkv(self, x: Tensor) -> Tensor:
         projections: tuple[Any, ...] = (self.q_proj, self.k_proj, self.v_proj)
         tokens = x.shape[0] * x.shape[1]
-        if tokens < x.shape[2] or not all(map(_is_plain, projections)):
+        plain = all(map(_is_plain, projections))
+        if tokens < x.shape[2] or not plain or len({each.bias is None for each in projections}) > 1:
             return torch.cat([projection(x) for projection in projections], dim=-1)
         weight = torch.cat([projection.weight for projection in projections])  # [3 * D, D]
         biases = [projection.bias for projection in projections if projection.bias is not None]
@@ -110,8 +111,8 @@ def patch_transformers(model: nn.Module) -> Patched:
     state dict stay; results differ by rounding. Calling it again changes nothing.
 
     Query, key and value come out of one GEMM on the concatenated weights where there are at least as many
-    tokens as the width and their projections are plain (no adapter, hook or quantisation); in training that
-    keeps 3 * D * D elements more per layer until the backward pass.
+    tokens as the width and their projections are plain (no adapter, hook or quantisation) and all or none
+    have a bias; in training that keeps 3 * D * D elements more per layer until the backward pass.
 
     Returns:
         What was replaced: `.names`, `.kept` with reasons, `.undo()`; also a context manager.

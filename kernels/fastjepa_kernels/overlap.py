@@ -1,7 +1,7 @@
 """Which bytes tensors occupy: an op that writes in place must not be handed the same bytes twice.
 
-It runs at every step for hundreds of tensors, so what is common is cheap: where all tensors are contiguous
-and apart, two sorts show it. Everything else is looked at run by run, and exactly.
+It runs at every step for hundreds of tensors, so what is common is cheap: where each tensor fills a block of
+memory and the blocks are apart, two sorts show it. Everything else is looked at run by run, and exactly.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def find_shared(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int,
         The two tensors that have it, by their places in `[*written, *read]`, the same place twice for one
         that overlaps itself; or None.
     """
-    if _are_apart([*written, *read]):
+    if _are_apart(written, read):
         return None
     start, end, owner = _runs(written, 0)
     met = (end[:-1] > start[1:]).nonzero()
@@ -48,14 +48,23 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _are_apart(tensors: Sequence[Tensor]) -> bool:
-    """True if all are contiguous and none has a byte of another; False is not yet an answer."""
-    if not all(map(Tensor.is_contiguous, tensors)):
+def _are_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    """True if all are dense and none written has a byte of another; False is not yet an answer."""
+    tensors = [*written, *read]
+    if not all(map(Tensor.is_contiguous, tensors)) and not all(map(is_dense, tensors)):
         return False
+    if _blocks_are_apart(tensors):
+        return True
+    once = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in read}  # tied weights are read twice
+    return len(once) < len(read) and _blocks_are_apart([*written, *once.values()])
+
+
+def _blocks_are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Of dense tensors, which occupy `nbytes` bytes from `data_ptr` on."""
     starts = list(map(Tensor.data_ptr, tensors))
     ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, tensors, strict=True)])
     starts.sort()
-    # If the i-th end of all never comes after the (i+1)-th start, no two intervals are open at once.
+    # If the i-th end of all never comes after the (i+1)-th start, no two blocks are open at once.
     return all(map(le, ends, starts[1:]))
 
 
