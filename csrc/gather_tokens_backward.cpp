@@ -75,7 +75,10 @@ at::Tensor gather_tokens_backward(
       char* const to = target + row * target_bytes;
       const int64_t first = sorted.starts[row], last = sorted.starts[row + 1];
       if (first == last) {
-        std::memset(to, 0, target_bytes);
+        int64_t next = row + 1;
+        while (next < end && sorted.starts[next + 1] == first) ++next;
+        std::memset(to, 0, (next - row) * target_bytes);
+        row = next - 1;
         continue;
       }
       const Work* total = read_row(source + sorted.tokens[first] * source_bytes, from, sum.data(), width);

@@ -1,5 +1,7 @@
 // jepa_loss: final norm, layer norm, smooth L1 and its slope, row by row: nothing normalised is ever held.
 
+#include <ATen/ops/full.h>
+
 #include <cmath>
 #include <numeric>
 
@@ -15,7 +17,7 @@ constexpr int64_t kGrain = 1 << 14;  // elements
 
 template <typename Work>
 struct Norm {
-  const Work* weight;  // [D], or nullptr
+  const Work* weight;  // [D]
   const Work* bias;
   Work norm_eps, target_eps, beta;
 };
@@ -37,17 +39,12 @@ struct Moments {
   }                                                                                             \
   FASTJEPA_CLONES void normalise(                                                               \
       const Work* x, Moments<Work> by, const Work* weight, const Work* bias, Work* y, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - by.mean) * by.scale;                         \
-    if (weight != nullptr) {                                                                    \
-      for (int64_t i = 0; i < n; ++i) y[i] *= weight[i];                                        \
-    }                                                                                           \
-    if (bias != nullptr) {                                                                      \
-      for (int64_t i = 0; i < n; ++i) y[i] += bias[i];                                          \
-    }                                                                                           \
+    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - by.mean) * by.scale * weight[i] + bias[i];   \
   }                                                                                             \
-  /* The sum of smooth L1 over a row; its slope goes where the target was. */                   \
+  /* The sum of smooth L1 over a row, and its slope. */                                         \
   FASTJEPA_CLONES Work smooth_l1(                                                               \
-      const Work* prediction, Moments<Work> by, Work beta, Work* target, int64_t n) {           \
+      const Work* prediction, const Work* target, Moments<Work> by, Work beta, Work* slopes,    \
+      int64_t n) {                                                                              \
     const Work inverse = 1 / beta;                                                              \
     Work sum = 0;                                                                               \
     _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) {                    \
@@ -56,7 +53,7 @@ struct Moments {
       const Work below = Work(1) < steep ? Work(1) : steep; /* NaN stays NaN */                 \
       const Work slope = below < Work(-1) ? Work(-1) : below;                                   \
       sum += slope * (difference - Work(0.5) * beta * slope); /* both branches, without one */  \
-      target[i] = slope;                                                                        \
+      slopes[i] = slope;                                                                        \
     }                                                                                           \
     return sum;                                                                                 \
   }
@@ -95,8 +92,11 @@ std::tuple<at::Tensor, at::Tensor> run(
       normalise(h, moments(h, width, norm.norm_eps), norm.weight, norm.bias, target.data(), width);
       const Moments<Work> again = moments(target.data(), width, norm.target_eps);
       const Work* const z = read_row(prediction_from + row * bytes, type, scratch.data(), width);
-      sums[row] = smooth_l1(z, again, norm.beta, target.data(), width);
-      if (need_gradient) write_row(target.data(), slope_to + row * bytes, type, width);
+      // The slope goes to its place if it needs no rounding, else to where the target was.
+      const bool in_place = need_gradient && type == c10::CppTypeToScalarType<Work>::value;
+      Work* const slopes = in_place ? reinterpret_cast<Work*>(slope_to + row * bytes) : target.data();
+      sums[row] = smooth_l1(z, target.data(), again, norm.beta, slopes, width);
+      if (need_gradient && !in_place) write_row(slopes, slope_to + row * bytes, type, width);
     }
   });
   const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
@@ -123,20 +123,20 @@ std::tuple<at::Tensor, at::Tensor> jepa_loss(
       index.sizes() == prediction.sizes().slice(0, 3), "index must be [M, B, P], got ", index.sizes());
   TORCH_CHECK_VALUE(beta > 0, "beta must be above 0, got ", beta);
   const bool in_double = prediction.scalar_type() == at::kDouble || hidden.scalar_type() == at::kDouble;
-  const auto affine = [&](const std::optional<at::Tensor>& given) {
-    if (!given.has_value()) return at::Tensor();
+  const auto affine = [&](const std::optional<at::Tensor>& given, double otherwise) {
+    const at::ScalarType work = in_double ? at::kDouble : at::kFloat;
+    if (!given.has_value()) return at::full({hidden.size(2)}, otherwise, hidden.options().dtype(work));
     TORCH_CHECK_VALUE(
         given->dim() == 1 && given->size(0) == hidden.size(2), "norm_weight and norm_bias must be [D], got ",
         given->sizes());
-    return given->to(in_double ? at::kDouble : at::kFloat).contiguous();
+    return given->to(work).contiguous();
   };
-  const at::Tensor weight = affine(norm_weight), bias = affine(norm_bias);
+  const at::Tensor weight = affine(norm_weight, 1), bias = affine(norm_bias, 0);
   const auto run_in = [&](auto zero) {
     using Work = decltype(zero);
-    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<Work>() : nullptr; };
     const Norm<Work> norm{
-        data(weight), data(bias), static_cast<Work>(norm_eps), static_cast<Work>(target_eps),
-        static_cast<Work>(beta)};
+        weight.const_data_ptr<Work>(), bias.const_data_ptr<Work>(), static_cast<Work>(norm_eps),
+        static_cast<Work>(target_eps), static_cast<Work>(beta)};
     return run(prediction, hidden, index, norm, need_gradient);
   };
   return in_double ? run_in(double{}) : run_in(float{});

@@ -61,7 +61,7 @@ def cases(scale: Scale, dtype: torch.dtype) -> list[Case]:
         ]
     if scale == "cpu":
         return [
-            case("ViT-S, 50 of 196 tokens of 16 images", 16, 196, 50, 384, dtype),
+            case("ViT-S, 50 of 196 tokens of 64 images", 64, 196, 50, 384, dtype),
             case("ViT-B, 50 of 196 tokens of 16 images", 16, 196, 50, 768, dtype),
         ]
     return [

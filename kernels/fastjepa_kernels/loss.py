@@ -84,6 +84,8 @@ def _empty_slope(prediction: Tensor, need_gradient: bool) -> Tensor:
 def _reference_backward(slope: Tensor, grad_out: Tensor, in_place: bool = False) -> Tensor:
     out = slope if in_place else torch.empty_like(slope)
     factor = grad_out / slope.numel()  # in the precision of the loss: for large batches it is 0 in fp16
+    if slope.dtype == grad_out.dtype:
+        return torch.mul(slope, factor, out=out)
     chunk = _chunk(slope.device)
     for part, result in zip(slope.view(-1).split(chunk), out.view(-1).split(chunk), strict=True):
         torch.mul(part.to(grad_out.dtype), factor, out=result)
