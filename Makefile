@@ -16,8 +16,9 @@ DOCS := .venv/.docs.stamp
 EXT := build/.ext.stamp
 NVCC ?= nvcc
 SANITIZER ?= compute-sanitizer
-CAN_COMPILE = command -v $${CXX:-c++} >/dev/null && $(BIN)/python -c \
-	'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'
+# Whether csrc/ has what it needs: a C++ compiler with OpenMP, and Python's headers.
+CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c++} -fopenmp -fsyntax-only -x c++ \
+	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - >/dev/null 2>&1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -33,7 +34,7 @@ train: $(TRAIN) ## Train on Fashion-MNIST, embedded; ARGS="section.key=value" ch
 
 test: $(DEV) ## Run the tests, one process per core
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory $(EXT); \
-		else echo "No C++ compiler or no headers of Python: the ops are tested without fastjepa_kernels._C"; fi
+		else echo "No C++ compiler with OpenMP, or no headers of Python: the ops are tested without fastjepa_kernels._C"; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
 test-gpu: $(DEV) ## Run the tests that need a GPU
@@ -52,7 +53,7 @@ sanitize: ## Run the GPU tests of results and bounds under compute-sanitizer
 ifneq ($(wildcard bench/kernels/bench_*.py),)
 bench: $(DEV)
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory $(EXT); \
-		else echo "No C++ compiler or no headers of Python: measured without fastjepa_kernels._C"; fi
+		else echo "No C++ compiler with OpenMP, or no headers of Python: measured without fastjepa_kernels._C"; fi
 	$(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 else
 bench:

@@ -4,10 +4,11 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>  // defines __GLIBC__ where it is
 
 // Loops over rows are compiled for x86 with and without AVX2, of which the running one's is taken: a wheel
 // travels, so nothing may be compiled for the machine that builds it. Vectors of 512 bits were slower.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTJEPA_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define FASTJEPA_CLONES

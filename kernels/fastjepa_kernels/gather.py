@@ -27,7 +27,7 @@ from fastjepa_kernels.checks import (
 )
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.gradients import refuse_forward_mode
-from fastjepa_kernels.language import tl, triton
+from fastjepa_kernels.language import architecture, tl, triton
 from fastjepa_kernels.launch import columns_per_program, dense_rows
 from fastjepa_kernels.sequences import image_of_row, rows_in_sequences, sequence_of_rows
 
@@ -78,7 +78,11 @@ def _reference_backward(
 # ------------------------------------------------------------------------------------------ Triton
 
 
-@triton.jit
+# In packed training they are others at every step: one compiled kernel serves all of their values.
+_CHANGING = ["tokens", "kept"]
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def _gather_kernel(
     x,  # [B, N, D]
     index,  # [T]
@@ -118,7 +122,7 @@ def _gather_kernel(
     tl.store(to, value.to(out.dtype.element_ty), mask=present[:, None] & (column < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _gather_backward_kernel(
     grad,  # [T, D]
     index,  # [T]
@@ -187,7 +191,7 @@ def _triton(
         x.stride(0),
         x.stride(1),
         0 if pos is None else pos.stride(0),
-        SEARCH=images.bit_length(),
+        SEARCH=0 if cu_seqlens is None else images.bit_length(),
         ROWS=rows,
         COLUMNS=columns,
         num_warps=4,
@@ -208,8 +212,10 @@ def _triton_backward(
     sums = -(-images // images_per_sum)
     out = torch.empty(sums, patches, width, dtype=dtype, device=grad.device)
     columns = columns_per_program(width)
-    # The search is a tile of rows × SCAN, kept as small as the tile of values: a larger one spills.
+    # The search is a tile of rows × SCAN, kept smaller than the tile of values: a larger one spills.
     rows = min(16, 2048 // columns)
+    # Left alone, NVIDIA's assembler stops at about 50 registers and spills a few; AMD's has no such limit.
+    limit = {} if architecture(grad.device) >= 900 else {"maxnreg": 128}
     _gather_backward_kernel[(sums, triton.cdiv(patches, rows), triton.cdiv(width, columns))](
         grad.contiguous(),
         index.contiguous(),
@@ -225,6 +231,7 @@ def _triton_backward(
         COLUMNS=columns,
         SCAN=512 // rows,
         num_warps=4,
+        **limit,
     )
     return out
 

@@ -86,12 +86,13 @@ def _reference(
 # ------------------------------------------------------------------------------------------ Triton
 
 
-@triton.jit
+# In packed training they are others at every step: one compiled kernel serves all of their values.
+@triton.jit(do_not_specialize=["tokens", "kept"])
 def _patchify_kernel(
     images,  # [B, C, H, W]
     index,  # [T] or None
-    mean,  # [C] or None
-    std,  # [C] or None
+    mean,  # [C] float64 or None
+    std,  # [C] float64 or None
     cu_seqlens,  # [B + 1] or None
     out,  # [T, C, p, p]
     tokens,  # T
@@ -104,7 +105,7 @@ def _patchify_kernel(
     channel_stride,
     row_stride,
     column_stride,
-    unit,  # what a pixel is multiplied with first: 1 / 255 of bytes
+    UNIT: tl.constexpr,  # what a pixel is multiplied with: 1 / 255 of bytes
     PATCH: tl.constexpr,
     SEARCH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,11 +138,15 @@ def _patchify_kernel(
     taken = held[:, None] & in_patch
     # All channels in one program: in channels-last memory they share cache lines.
     for channel in range(channels):
-        value = tl.load(source, mask=taken, other=0).to(tl.float32) * unit
-        if mean is not None:
-            value -= tl.load(mean + channel).to(tl.float32)
+        # Rounded once each, from float64: division in fp32 is only nearly exact on a GPU.
+        over = tl.full([], 1.0, tl.float64)
         if std is not None:
-            value *= 1.0 / tl.load(std + channel).to(tl.float32)
+            over = over / tl.load(std + channel)
+        shift = over * 0.0
+        if mean is not None:
+            shift = -tl.load(mean + channel) * over
+        value = tl.load(source, mask=taken, other=0).to(tl.float32)
+        value = tl.fma(value, (over * UNIT).to(tl.float32), shift.to(tl.float32))
         value = tl.where(held[:, None], value, 0.0)
         tl.store(to, value.to(out.dtype.element_ty), mask=present[:, None] & in_patch)
         source += channel_stride
@@ -168,8 +173,8 @@ def _triton(
     _patchify_kernel[(triton.cdiv(tokens, rows), triton.cdiv(patch_size**2, pixels))](
         images,
         None if index is None else index.contiguous(),
-        None if mean is None else mean.contiguous(),
-        None if std is None else std.contiguous(),
+        None if mean is None else mean.double().contiguous(),
+        None if std is None else std.double().contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         out,
         tokens,
@@ -179,9 +184,9 @@ def _triton(
         patches,
         columns,
         *images.stride(),
-        1.0 if images.is_floating_point() else 1 / 255,
+        UNIT=1.0 if images.is_floating_point() else 1 / 255,
         PATCH=patch_size,
-        SEARCH=batch.bit_length(),
+        SEARCH=0 if cu_seqlens is None else batch.bit_length(),
         ROWS=rows,
         PIXELS=pixels,
         num_warps=4,
