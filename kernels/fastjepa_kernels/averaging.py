@@ -138,11 +138,11 @@ class EMA(nn.Module):
         super().__init__()
         require(
             isinstance(momentum, Tensor) or 0 <= momentum <= 1,
-            f"momentum must lie in [0, 1], got {momentum}",
+            lambda: f"momentum must lie in [0, 1], got {momentum}",
         )
         require(
             working_dtype is None or working_dtype in FLOAT_DTYPES,
-            f"working_dtype must be floating point, got {working_dtype}",
+            lambda: f"working_dtype must be floating point, got {working_dtype}",
         )
         self.momentum = momentum
         self.model = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)

@@ -165,7 +165,7 @@ _WAYS = Ways(
 
 
 def _require_momentum(momentum: float) -> None:
-    require(0 <= momentum <= 1, f"momentum must lie in [0, 1], got {momentum}")
+    require(0 <= momentum <= 1, lambda: f"momentum must lie in [0, 1], got {momentum}")
 
 
 def _check_written(shadow: Tensors, source: Tensors, working: Tensors) -> None:
