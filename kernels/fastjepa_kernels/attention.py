@@ -81,7 +81,7 @@ def _size(x: Tensor, *rest: Any) -> tuple[int, ...]:
 _WAYS = Ways(
     "packed_attention",
     Way("triton", attention_triton_forward.attention, takes=_takes_triton),
-    Way("varlen", stock.varlen, takes=stock.takes_half),
+    Way("varlen", stock.varlen, takes=stock.takes_varlen),
     Way("fa2", stock.fa2, takes=stock.takes_half, installed=stock.fa2_installed),
     Way("fa4", stock.fa4, takes=stock.takes_fa4, installed=stock.fa4_installed),
     Way("sdpa", stock.sdpa, takes=stock.takes_sdpa),
@@ -91,7 +91,7 @@ _WAYS = Ways(
 _BACKWARD_WAYS = Ways(
     "packed_attention_backward",
     Way("triton", attention_triton_backward.attention_backward, takes=_takes_triton_backward),
-    Way("varlen", stock.varlen_backward, takes=stock.takes_half),
+    Way("varlen", stock.varlen_backward, takes=stock.takes_varlen),
     Way("fa2", stock.fa2_backward, takes=stock.takes_half, installed=stock.fa2_installed),
     Way("fa4", stock.fa4_backward, takes=stock.takes_fa4, installed=stock.fa4_installed),
     Way("sdpa", stock.sdpa_backward, takes=stock.takes_sdpa),

@@ -11,7 +11,11 @@ from fastjepa_kernels.sequences import rows_in_sequences, sequence_of_rows
 
 @dataclass(frozen=True)
 class Padding:
-    """Where each row stands in a batch [S, L, ...], and which of the batch's places hold rows."""
+    """Where each row stands in a batch [S, L, ...], and which of the batch's places hold rows.
+
+    Whatever cu_seqlens holds, every place is one of the batch and every row one of the stream: what nobody
+    has checked on a GPU must not end its context.
+    """
 
     row: Tensor  # int64 [S, L]: in the stream; any row for a place without one
     held: Tensor  # bool [S, L]
@@ -26,9 +30,9 @@ class Padding:
         valid = rows_in_sequences(cu_seqlens, tokens)  # [T]
         place = sequence * length + torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence]
         return cls(
-            row=(cu_seqlens[:-1, None] + inside).clamp_(max=tokens - 1),
+            row=(cu_seqlens[:-1, None] + inside).clamp_(0, tokens - 1),
             held=inside < cu_seqlens.diff()[:, None],
-            place=torch.where(valid, place, 0),
+            place=torch.where(valid, place, 0).clamp_(0, (cu_seqlens.numel() - 1) * length - 1),
             valid=valid,
         )
 

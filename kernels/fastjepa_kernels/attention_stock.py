@@ -142,14 +142,24 @@ def _ended(out: Tensor, lse: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor
     return out.masked_fill_(past[:, None, None], 0), lse.masked_fill_(past, 0)
 
 
+def _within(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Starts that never decrease nor pass the end: these kernels write wherever they are told to."""
+    return cu_seqlens.clamp(0, tokens).cummax(0).values.int()
+
+
 def takes_half(x: Tensor, *_rest: Any) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and architecture(x.device) >= 80
 
 
+def takes_varlen(x: Tensor, *_rest: Any) -> bool:
+    return takes_half(x) and torch.version.hip is None  # whose lse has another shape
+
+
 def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     """What torch.nn.attention.varlen runs: its own flash attention."""
+    starts = _within(cu_seqlens, len(qkv))
     out, lse, *_ = aten._flash_attention_forward(
-        *_rows_dense(qkv).unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False,
+        *_rows_dense(qkv).unbind(1), starts, starts, max_seqlen, max_seqlen, 0.0, False, False,
         scale=scale,
     )  # fmt: skip
     return _ended(out, lse, cu_seqlens)
@@ -158,9 +168,10 @@ def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tu
 def varlen_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
+    starts = _within(cu_seqlens, len(qkv))
     random = torch.zeros(2, dtype=torch.uint64, device=qkv.device)  # a state that only dropout reads
     gradients = aten._flash_attention_backward(
-        _rows_dense(dout), *_rows_dense(qkv).unbind(1), out, lse, cu_seqlens, cu_seqlens,
+        _rows_dense(dout), *_rows_dense(qkv).unbind(1), out, lse, starts, starts,
         max_seqlen, max_seqlen, 0.0, False, random, torch.empty(0, device=qkv.device), scale=scale,
     )  # fmt: skip
     past = _past_the_end(cu_seqlens, len(qkv))
@@ -181,10 +192,11 @@ def fa2_installed() -> bool:
 def fa2(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
+    starts = _within(cu_seqlens, len(qkv))
     q, k, v = _rows_dense(qkv).unbind(1)
     out, lse, *_ = _flash_attn_varlen_forward(
         q, k, v,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         dropout_p=0.0, softmax_scale=scale, causal=False,
     )  # fmt: skip
     return _ended(out, lse, cu_seqlens)
@@ -195,12 +207,13 @@ def fa2_backward(
 ) -> Tensor:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
+    starts = _within(cu_seqlens, len(qkv))
     q, k, v = _rows_dense(qkv).unbind(1)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dq, dk, dv = dqkv.unbind(1)
     _flash_attn_varlen_backward(
         _rows_dense(dout), q, k, v, out, lse, dq, dk, dv,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         dropout_p=0.0, softmax_scale=scale, causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -218,10 +231,11 @@ def takes_fa4(x: Tensor, *_rest: Any) -> bool:
 def fa4(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    starts = _within(cu_seqlens, len(qkv))
     q, k, v = _rows_dense(qkv).unbind(1)
     out, lse, *_ = _flash_attn_fwd(
         q, k, v,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         softmax_scale=scale, return_lse=True,
     )  # fmt: skip
     return _ended(out, lse, cu_seqlens)
@@ -232,10 +246,11 @@ def fa4_backward(
 ) -> Tensor:
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    starts = _within(cu_seqlens, len(qkv))
     q, k, v = _rows_dense(qkv).unbind(1)
     dq, dk, dv, *_ = _flash_attn_bwd(
         q, k, v, out, _rows_dense(dout), lse,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     past = _past_the_end(cu_seqlens, len(qkv))

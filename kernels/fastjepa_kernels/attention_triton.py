@@ -105,8 +105,10 @@ def backward_tiles(head_dim: int, architecture: int, element_size: int) -> tuple
 
 def in_eights(x: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it in place, as they nearly always can, else a copy."""
-    *outer, last = x.stride()
-    fits = last == 1 and all(stride % 8 == 0 for stride in outer) and outer[0] < _ROW_LIMIT
+    row, *inner, last = x.stride()
+    fits = last == 1 and all(stride % 8 == 0 for stride in (row, *inner)) and row < _ROW_LIMIT
+    # Within a row, parts and heads are counted in int32.
+    fits = fits and all((n - 1) * stride < 2**31 for n, stride in zip(x.shape[1:-1], inner, strict=True))
     return x if fits or x.is_contiguous() else x.contiguous()
 
 

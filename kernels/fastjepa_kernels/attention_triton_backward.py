@@ -59,6 +59,7 @@ def backward_whole(
         for i in tl.static_range(3):
             fill_zeros(dq_head + i * out_row, length, 0, 1, dqkv_row, BLOCK_M, HEAD_DIM, BLOCK_D)
         return
+    length = tl.minimum(length, BLOCK_N)  # a longer one breaks its promise; offsets below are int32
     row = qkv_row * 8
     do_row = dout_row * 8
     q_head = qkv + start64 * row + head * (qkv_head * 8)

@@ -47,6 +47,7 @@ def forward_whole(
         fill_zeros(out, length, 0, 1, out_row, BLOCK_M, HEAD_DIM, BLOCK_D)
         fill_zeros(lse, length, 0, 1, 1, BLOCK_M, 1, 1)
         return
+    length = tl.minimum(length, BLOCK_N)  # a longer one breaks its promise; offsets below are int32
     row = qkv_row * 8
     q_head = qkv + start64 * row + head * (qkv_head * 8)
     part = qkv_part * 8

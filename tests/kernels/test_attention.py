@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
-from fastjepa_kernels import attention_triton_backward, attention_triton_forward
-from fastjepa_kernels.attention_triton import Tile, backward_tile, backward_tiles, forward_tile
+from fastjepa_kernels import attention_stock, attention_triton_backward, attention_triton_forward
+from fastjepa_kernels.attention_triton import Tile, backward_tile, backward_tiles, forward_tile, in_eights
 
 IMPLEMENTATIONS = fk.implementations("packed_attention", "cpu")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -387,3 +387,32 @@ QKV, STARTS = torch.zeros(5, 3, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fk.packed_attention(**{"qkv": QKV, "cu_seqlens": STARTS, "max_seqlen": 3, **arguments})
+
+
+@pytest.mark.parametrize("starts", [[0, 9, 24], [-3, 12, 24], [5, 12, 24], [0, 4000, 12], [30, 2, 9]])
+def test_on_a_gpu_wrong_cu_seqlens_are_no_wrong_index(
+    starts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where a look at the values would wait for the device, they are not checked. What comes out means
+    # nothing, but an index outside would end the context of a GPU; here it raises.
+    monkeypatch.setattr("fastjepa_kernels.attention.require_cu_seqlens_values", lambda *_arguments: None)
+    qkv = torch.randn(24, 3, 1, 8, requires_grad=True)
+    with fk.use("torch", strict=True):
+        fk.packed_attention(qkv, torch.tensor(starts, dtype=torch.int32), 8).sum().backward()
+
+
+def test_starts_for_others_kernels_stay_within_the_stream() -> None:
+    starts = torch.tensor([-3, 12, 5, 4000], dtype=torch.int32)
+    assert attention_stock._within(starts, 24).tolist() == [0, 12, 12, 24]
+
+
+def test_views_too_far_apart_for_int32_are_copied() -> None:
+    def strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        return torch.empty(1, device="meta").as_strided(shape, strides)
+
+    near = strides((4, 3, 2, 8), (16, 64, 8, 1))
+    assert in_eights(near) is near
+    far = strides((4, 3, 2, 8), (16, 2**30, 8, 1))
+    assert in_eights(far) is not far
+    heads = strides((4, 3, 5, 8), (24, 8, 2**29, 1))
+    assert in_eights(heads) is not heads

@@ -21,6 +21,13 @@ STARTS = torch.tensor([0, 5, 5, 8], dtype=torch.int32)
 TOKENS, LONGEST, SCALE = 10, 6, 0.3
 
 
+def check_starts(of_queries: Tensor | None, of_keys: Tensor | None) -> None:
+    assert of_queries is of_keys
+    assert of_queries is not None
+    assert of_queries.dtype == torch.int32
+    assert torch.equal(of_queries, STARTS)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.fastjepa.packed_attention(
         torch.stack([q, k, v], 1), STARTS, LONGEST, scale, "torch!"
@@ -43,7 +50,7 @@ def _flash_attention_forward(
     query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, max_q: int, max_k: int,
     dropout_p: float, is_causal: bool, return_debug_mask: bool, *, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert cum_seq_q is cum_seq_k is STARTS
+    check_starts(cum_seq_q, cum_seq_k)
     assert (max_q, max_k, dropout_p, is_causal, return_debug_mask) == (LONGEST, LONGEST, 0.0, False, False)
     return *forward(query, key, value, scale), torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
@@ -53,7 +60,7 @@ def _flash_attention_backward(
     cum_seq_q: Tensor, cum_seq_k: Tensor, max_q: int, max_k: int, dropout_p: float, is_causal: bool,
     rng_state: Tensor, unused: Tensor, *, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert cum_seq_q is cum_seq_k is STARTS
+    check_starts(cum_seq_q, cum_seq_k)
     assert (max_q, max_k, dropout_p, is_causal) == (LONGEST, LONGEST, 0.0, False)
     return backward(grad_out, query, key, value, out, logsumexp, scale)
 
@@ -62,7 +69,7 @@ def _flash_attn_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert cu_seqlens_q is cu_seqlens_k is STARTS
+    check_starts(cu_seqlens_q, cu_seqlens_k)
     assert (max_seqlen_q, max_seqlen_k, dropout_p, causal) == (LONGEST, LONGEST, 0.0, False)
     return *forward(q, k, v, softmax_scale), torch.zeros(0), torch.zeros(2)
 
@@ -73,7 +80,7 @@ def _flash_attn_varlen_backward(
     dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
     softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    assert cu_seqlens_q is cu_seqlens_k is STARTS
+    check_starts(cu_seqlens_q, cu_seqlens_k)
     assert (max_seqlen_q, max_seqlen_k, dropout_p, causal, softcap) == (LONGEST, LONGEST, 0.0, False, 0.0)
     assert (window_size_left, window_size_right, alibi_slopes, deterministic) == (-1, -1, None, False)
     found = backward(dout, q, k, v, out, softmax_lse, softmax_scale)
@@ -87,7 +94,7 @@ def _flash_attn_fwd(
     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
     softmax_scale: float | None = None, causal: bool = False, return_lse: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    assert cu_seqlens_q is cu_seqlens_k is STARTS
+    check_starts(cu_seqlens_q, cu_seqlens_k)
     assert (max_seqlen_q, max_seqlen_k, return_lse) == (LONGEST, LONGEST, True)
     assert softmax_scale is not None
     return *forward(q, k, v, softmax_scale), None, None
@@ -99,7 +106,7 @@ def _flash_attn_bwd(
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None, deterministic: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    assert cu_seqlens_q is cu_seqlens_k is STARTS
+    check_starts(cu_seqlens_q, cu_seqlens_k)
     assert (max_seqlen_q, max_seqlen_k, deterministic) == (LONGEST, LONGEST, False)
     assert softmax_scale is not None
     return backward(dout, q, k, v, out, lse, softmax_scale)
