@@ -45,6 +45,9 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+LONG = 4096  # tokens, more than are held whole
+
+
 def _keys_held(max_seqlen: int) -> int:
     return max(64, 1 << (max_seqlen - 1).bit_length())
 
@@ -101,6 +104,15 @@ def backward_tiles(head_dim: int, architecture: int, element_size: int) -> tuple
         return Tile(64, 64, 4), Tile(32, 64, 4) if family in (80, 942) else Tile(64, 128, 8)
     queries = {80: Tile(64, 64, 8), 90: Tile(64, 64, 4), 100: Tile(64, 64, 8), 942: Tile(64, 32, 4)}[family]
     return queries, Tile(32, 64, 8) if family in (80, 942) else Tile(32, 128, 8)
+
+
+def counts_in_int32(tokens: int, *rows: int) -> bool:
+    """Whether every element of streams with such strides between rows has a number that fits.
+
+    The kernels that hold a whole sequence count so. Should one be longer than its bound, they still stay
+    within the stream; in a longer stream the others run, which count rows in int64.
+    """
+    return all(tokens * row < 2**31 for row in rows)
 
 
 def in_eights(x: Tensor) -> Tensor:

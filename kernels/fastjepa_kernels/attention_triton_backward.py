@@ -13,6 +13,7 @@ from fastjepa_kernels.attention_triton import (
     backward_tile,
     backward_tiles,
     bounds_of,
+    counts_in_int32,
     fill_zeros,
     in_eights,
     load_rows,
@@ -59,7 +60,6 @@ def backward_whole(
         for i in tl.static_range(3):
             fill_zeros(dq_head + i * out_row, length, 0, 1, dqkv_row, BLOCK_M, HEAD_DIM, BLOCK_D)
         return
-    length = tl.minimum(length, BLOCK_N)  # a longer one breaks its promise; offsets below are int32
     row = qkv_row * 8
     do_row = dout_row * 8
     q_head = qkv + start64 * row + head * (qkv_head * 8)
@@ -259,7 +259,7 @@ def attention_backward(
     head = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
     scale = math.copysign(max(abs(scale), _SMALLEST_SCALE), scale)
     tile = backward_tile(head_dim, max_seqlen, *size)
-    if tile is not None:
+    if tile is not None and counts_in_int32(tokens, qkv.stride(0), dout.stride(0), dqkv.stride(0)):
         backward_whole[(heads * (sequences + 1),)](
             dout, qkv, out, lse, cu_seqlens, dqkv, tokens, heads, sequences, *strides, scale,
             **head, BLOCK_M=tile.queries, BLOCK_N=tile.keys, **tile.launch,

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from fastjepa_kernels.attention_triton import (
     CHANGING,
+    LONG,
     bounds_of,
+    counts_in_int32,
     fill_zeros,
     forward_tile,
     in_eights,
@@ -47,7 +49,6 @@ def forward_whole(
         fill_zeros(out, length, 0, 1, out_row, BLOCK_M, HEAD_DIM, BLOCK_D)
         fill_zeros(lse, length, 0, 1, 1, BLOCK_M, 1, 1)
         return
-    length = tl.minimum(length, BLOCK_N)  # a longer one breaks its promise; offsets below are int32
     row = qkv_row * 8
     q_head = qkv + start64 * row + head * (qkv_head * 8)
     part = qkv_part * 8
@@ -140,7 +141,8 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) ->
     lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
     qkv, cu_seqlens = in_eights(qkv), cu_seqlens.contiguous()
     strides = [stride // 8 for stride in qkv.stride()[:3]]
-    tile, whole = forward_tile(head_dim, max_seqlen, architecture(qkv.device), qkv.element_size())
+    bound = max_seqlen if counts_in_int32(tokens, qkv.stride(0), out.stride(0)) else LONG
+    tile, whole = forward_tile(head_dim, bound, architecture(qkv.device), qkv.element_size())
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
 from fastjepa_kernels import attention_stock, attention_triton_backward, attention_triton_forward
-from fastjepa_kernels.attention_triton import Tile, backward_tile, backward_tiles, forward_tile, in_eights
+from fastjepa_kernels.attention_triton import (
+    Tile,
+    backward_tile,
+    backward_tiles,
+    counts_in_int32,
+    forward_tile,
+    in_eights,
+)
 
 IMPLEMENTATIONS = fk.implementations("packed_attention", "cpu")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -416,3 +423,18 @@ def test_views_too_far_apart_for_int32_are_copied() -> None:
     assert in_eights(far) is not far
     heads = strides((4, 3, 5, 8), (24, 8, 2**29, 1))
     assert in_eights(heads) is not heads
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="needs Triton")
+def test_kernels_that_count_in_int32_get_no_stream_too_long_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert counts_in_int32(2**20, 2**11 - 1)
+    assert not counts_in_int32(2**20, 8, 2**11)
+    for module in (attention_triton_forward, attention_triton_backward):
+        monkeypatch.setattr(module, "counts_in_int32", lambda *_: False)
+    for kernel in (
+        (attention_triton_forward, "forward_whole"),
+        (attention_triton_backward, "backward_whole"),
+    ):
+        monkeypatch.setattr(*kernel, None)
+    with fk.use("triton", strict=True):
+        check([9, 0, 5], torch.float16, head_dim=24, past_the_end=2, tolerance=2**-8)
