@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,9 @@ def collect(clock: Clock) -> None:
     """Graphs hold memory until they are gone."""
     gc.collect()
     if clock.device.type == "cuda":
-        torch.cuda.empty_cache()
+        # Before torch 2.12 a capture that failed leaves the allocator waiting for its end; it objects here.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def measure(session: Session, scale: Scale, dtype: torch.dtype) -> None:
@@ -170,12 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"# {facts['device']}\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n"
     )
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
-    measure(session, "small" if asked.quick else "gpu", dtype)
-
-    print("## Summary\n\n" + summary(session.rows) + "\n")
-    print("".join(f"not measured: {line}\n" for line in session.left_out))
-    said = session.write(asked.results, asked.tables, seconds=round(time.monotonic() - start_s))
-    print("\n".join(said))
+    try:
+        measure(session, "small" if asked.quick else "gpu", dtype)
+    finally:  # whatever ends it, what was measured is kept: a GPU is not always to be had
+        print("## Summary\n\n" + summary(session.rows) + "\n")
+        print("".join(f"not measured: {line}\n" for line in session.left_out))
+        said = session.write(asked.results, asked.tables, seconds=round(time.monotonic() - start_s))
+        print("\n".join(said))
     return 0 if session.is_right else 1
 
 

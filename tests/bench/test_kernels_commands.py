@@ -154,3 +154,17 @@ def test_sanitizing_without_the_tool_says_what_is_missing() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "needs compute-sanitizer" in done.stderr
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: Session, *_arguments: Any) -> None:
+        session.left_out.append("the rest")
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(gpu, "measure", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        gpu.main(["--device", "cpu", "--quick", "--results", str(tmp_path)])
+    (kept,) = tmp_path.glob("cpu/*.json")
+    assert json.loads(kept.read_text())["left_out"] == ["the rest"]
