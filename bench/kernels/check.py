@@ -1,6 +1,6 @@
 """Whether a way computes what it should, judged before anything is timed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +91,16 @@ class Verdicts:
     @property
     def ours_are_right(self) -> bool:
         return not any(is_ours(name) for name in self.red)
+
+    @property
+    def may_be_timed(self) -> bool:
+        """Whether the op as a user gets it is right; an implementation that is not has no number itself."""
+        return DEFAULT not in self.red
+
+    def without(self, distrusted: Mapping[str, str]) -> "Verdicts":
+        """The same, but these ways, found wrong elsewhere, are red here too."""
+        right = [name for name in self.right if name not in distrusted]
+        return Verdicts(right, {**distrusted, **self.red}, self.cannot)
 
 
 def check(case: Case, random: Random, in_time: Callable[[], bool] = lambda: True) -> Verdicts:

@@ -49,12 +49,18 @@ class Measurements:
     def __init__(self) -> None:
         self.seconds: dict[Choice, dict[str, float]] = {}
 
-    def add(self, choices: Sequence[Choice], rows: Sequence[Row]) -> None:
-        """`rows` are those of the case and phase in which these choices were made."""
+    def add(self, choices: Sequence[Choice], rows: Sequence[Row], needs_graph: bool = False) -> None:
+        """`rows` are those of the case and phase in which these choices were made.
+
+        With `needs_graph`, a way that could not be captured does not count: it waits for the device, or was
+        timed with the host's launches.
+        """
         for choice in choices:
             total = self.seconds.setdefault(choice, {})
             for row in rows:
-                if row.kind == "implementation" and row.seconds is not None:
+                if row.kind != "implementation" or (needs_graph and row.how == "launches"):
+                    continue
+                if row.seconds is not None:
                     name = row.way.removeprefix(f"{DEFAULT}:")
                     total[name] = total.get(name, 0.0) + row.seconds
 
@@ -62,7 +68,9 @@ class Measurements:
         found = {}
         for choice, seconds in self.seconds.items():
             timed = [name for name in choice.offered if name in seconds]
-            if len(timed) > 1:
+            if (
+                timed and len(choice.offered) > 1
+            ):  # one that is left of several, the others red, is a choice too
                 best = min(seconds[name] for name in timed)
                 found[choice] = next(name for name in timed if seconds[name] <= best * TIE)
         return found

@@ -32,11 +32,11 @@ class Entry:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """With why a way is red; where one of ours is, no number at all."""
+        """With why a way is red; where the op as a user gets it is, no number at all."""
         dtype = str(self.case.dtype).removeprefix("torch.")
         facts = self.case.op, self.case.name, self.phase, dtype
         red = [Row(*facts, way=name, kind="red", red=why) for name, why in self.verdicts.red.items()]
-        if not self.verdicts.ours_are_right:
+        if not self.verdicts.may_be_timed:
             return red
         return red + self.race.rows(*facts, self.case.bytes_moved[self.phase], self.peak_bytes)
 
@@ -60,7 +60,7 @@ def enter(
         copied_bytes: see `Race`.
     """
     entry = Entry(case, phase, verdicts, Race(clock, copied_bytes))
-    if not verdicts.ours_are_right:
+    if not verdicts.may_be_timed:
         return entry
     with clock.stream():
         sets = max(1, min(MOST_SETS, -(-clock.rotated_bytes // case.bytes_moved[phase])))

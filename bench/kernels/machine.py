@@ -24,7 +24,10 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the working tree, with + if something in it is changed; "unknown" outside of git."""
+    """Of the working tree, with + if something in it is changed.
+
+    FASTJEPA_COMMIT says it for a copy of the tree without its history, else it is "unknown" there.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -34,7 +37,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FASTJEPA_COMMIT", "unknown")
 
 
 def installed(distribution: str) -> str | None:

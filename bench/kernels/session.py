@@ -27,6 +27,8 @@ class Session:
         seconds_each: that the rounds of one case and phase may take.
         copied_bytes: of the copy of memory that runs along.
         is_right: false as soon as an implementation of ours was red.
+        distrusted: by op, implementations that were red in some dtype or shape, and why: they are neither
+            timed nor chosen in any other.
     """
 
     clock: Clock
@@ -36,6 +38,7 @@ class Session:
     left_out: list[str] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
     is_right: bool = True
+    distrusted: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = Random.on(self.clock.device)
@@ -51,7 +54,8 @@ class Session:
         return self._verdicts[str(case)]
 
     def enter(self, case: Case, phase: Phase) -> Entry:
-        entry = enter(case, phase, self.judge(case), self.clock, self.random, self.copied_bytes)
+        verdicts = self.judge(case).without(self.distrusted.get(case.op, {}))
+        entry = enter(case, phase, verdicts, self.clock, self.random, self.copied_bytes)
         self.left_out += [f"{case} {phase}: {line}" for line in entry.left_out]
         return entry
 
@@ -67,7 +71,7 @@ class Session:
         rows = entry.rows()
         self.rows += rows
         if decides(entry.case, entry.phase):
-            self.measurements.add(entry.choices, rows)
+            self.measurements.add(entry.choices, rows, needs_graph=self.clock.device.type == "cuda")
         return rows
 
     def write(self, folder: Path | None, tables: Path | None, **more: Any) -> list[str]:
@@ -81,11 +85,9 @@ class Session:
         return said
 
     def _write_table(self, tables: Path, facts: dict[str, Any]) -> str:
-        if not self.is_right:
-            return "No table of choices was written: an implementation is red."
         path = choices.write(tables, facts["device"], self.measurements.fastest(), facts)
         if path is None:
-            return "No table of choices was written: no op had more than one implementation."
+            return "No table of choices was written: there was nothing to choose between."
         return f"Table of choices: {path}"
 
 
@@ -93,7 +95,7 @@ def compare(session: Session, benchmark: Any, case: Case, phase: Phase) -> None:
     """One benchmark. Of the rounds, pytest-benchmark times the op as a user gets it; the rest goes before."""
     benchmark.group = f"{case.op} {phase}"
     entry = session.enter(case, phase)
-    if entry.verdicts.ours_are_right:
+    if entry.verdicts.may_be_timed:
         run(session, benchmark, entry.race)
     session.keep(entry)
     assert entry.verdicts.ours_are_right, f"{case}: {entry.verdicts.red}"

@@ -188,10 +188,10 @@ def test_phases_that_decide() -> None:
 
 def test_what_is_red_has_no_number() -> None:
     case = bench_gather.cases("small", torch.float32)[0]
-    verdicts = Verdicts(right=["published", "index_select"], red={f"{DEFAULT}:cpp": "result 0 is wrong"})
+    verdicts = Verdicts(right=["published", "index_select"], red={DEFAULT: "result 0 is wrong"})
     entry = enter(case, "forward", verdicts, WallClock(1), Random.on(CPU), copied_bytes=64)
     (only,) = entry.rows()
-    assert (only.way, only.seconds, only.red) == (f"{DEFAULT}:cpp", None, "result 0 is wrong")
+    assert (only.way, only.seconds, only.red) == (DEFAULT, None, "result 0 is wrong")
     assert cells(only)[1] == "red: result 0 is wrong"
     assert " red |" in summary([only])
 
@@ -206,16 +206,42 @@ def test_a_way_that_is_not_right_is_not_timed() -> None:
     assert entry.choices[0].op == "gather_tokens"
 
 
-def test_a_session_writes_results_and_a_table_only_if_all_is_right(tmp_path: Path) -> None:
+def test_a_red_implementation_has_no_number_and_the_others_have() -> None:
+    case = bench_gather.cases("small", torch.float32)[0]
+    all_right = Verdicts(right=[DEFAULT, f"{DEFAULT}:torch", f"{DEFAULT}:cpp", "index_select"])
+    verdicts = all_right.without({f"{DEFAULT}:cpp": "result 0 is wrong"})
+    assert not verdicts.ours_are_right
+    entry = enter(case, "forward", verdicts, WallClock(1), Random.on(CPU), copied_bytes=64)
+    entry.race.run(budget_s=0)
+    rows = {each.way: each for each in entry.rows()}
+    assert rows[f"{DEFAULT}:cpp"].red == "result 0 is wrong"
+    assert {way for way, each in rows.items() if each.seconds} == {
+        DEFAULT, f"{DEFAULT}:torch", "index_select", COPY,
+    }  # fmt: skip
+
+
+def test_what_no_graph_can_hold_does_not_decide() -> None:
+    choice = Choice("op", (1,), ("varlen", "triton"))
+    rows = [
+        row(f"{DEFAULT}:varlen", "implementation", 1.0, how="launches"),
+        row(f"{DEFAULT}:triton", "implementation", 2.0, how="graph"),
+    ]
+    measured = Measurements()
+    measured.add([choice], rows, needs_graph=True)
+    assert measured.fastest() == {choice: "triton"}
+    measured = Measurements()
+    measured.add([choice], rows)
+    assert measured.fastest() == {choice: "varlen"}
+
+
+def test_a_session_writes_results_and_a_table_of_what_is_right(tmp_path: Path) -> None:
     session = Session(WallClock(), seconds_each=0.1, copied_bytes=64)
     choice = Choice("gather_tokens", (8, 8), ("cpp", "torch"))
     rows = [row(f"{DEFAULT}:{name}", "implementation", each) for name, each in (("cpp", 1.0), ("torch", 2.0))]
     session.rows += rows
     session.measurements.add([choice], rows)
     session.left_out.append("something large")
-    session.is_right = False
-    said = session.write(tmp_path / "results", tmp_path / "tables", minutes=3)
-    assert "red" in said[1]
+    session.write(tmp_path / "results", None, minutes=3)
     assert not (tmp_path / "tables").exists()
 
     (path,) = (tmp_path / "results" / "cpu").glob("*.json")
@@ -226,7 +252,6 @@ def test_a_session_writes_results_and_a_table_only_if_all_is_right(tmp_path: Pat
     assert {"device", "date", "commit", "torch", "triton", "python", "threads"} <= set(kept)
     assert "something large" in path.with_suffix(".md").read_text()
 
-    session.is_right = True
     session.write(None, tmp_path / "tables")
     assert parse_table((tmp_path / "tables" / "cpu.json").read_text())["gather_tokens"][0].fastest == "cpp"
 
