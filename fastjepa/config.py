@@ -131,6 +131,15 @@ class SpeedConfig:
     zero_stage: Literal[0, 1, 2] = 1
     accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
+    kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred implementation of every op
+    fused_blocks: bool = True  # a block is one forward and one backward pass, written out by hand
+    compile: bool = False  # torch.compile for each block, instead of the fused ones
+    cuda_graph: Literal["none", "parts", "step"] = "none"  # budget masks; "step" at stage 0 on one device
+    skip_dead_work: bool = True  # compute no token of a last block that nothing reads
+    target_precision: Literal["auto", "bf16", "fp8"] = "auto"  # of the no-gradient pass; auto: the student's
+    target_stream: bool = False  # the target encoder runs beside the context encoder
+    fused_update: bool = True  # AdamW and the target's average in one pass, at stage 0 on one device
+    prefetch: bool = True  # the next batch is copied to the device while this one is computed
     workers: CountOrNone = 4  # loader processes per rank; 0 loads in the training process
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
