@@ -131,7 +131,7 @@ class SpeedConfig:
     zero_stage: Literal[0, 1, 2] = 1
     accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
-    kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred implementation of every op
+    kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred of every op
     fused_blocks: bool = True  # a block is one forward and one backward pass, written out by hand
     compile: bool = False  # torch.compile for each block, instead of the fused ones
     cuda_graph: Literal["none", "parts", "step"] = "none"  # budget masks; "step" at stage 0 on one device
