@@ -53,7 +53,7 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def cases() -> list[Case]:
     """All of them. `make test` compiles the first of each kernel, so the most usual come first."""
-    return [*_gather(), *_patchify(), *_attention(), *_loss(), *_ema(), *_quantize()]
+    return [*_gather(), *_patchify(), *_attention(), *_loss(), *_ema(), *_quantize(), *_fused_quantize()]
 
 
 def _gather() -> Iterator[Case]:
@@ -251,3 +251,21 @@ def _quantize() -> Iterator[Case]:
     yield Case(op, "g/16 fp16 [1408, 6144]", arguments(1408, 6144, FP16))
     yield Case(op, "fp32 [64, 16384]", arguments(64, 16384, FP32))
     yield Case(op, "bf16 [30, 90]", arguments(30, 90, BF16), aligned=False)
+
+
+def _fused_quantize() -> Iterator[Case]:
+    def layer_norm(width: int, *, residual: bool = True, patches: int = 196) -> tuple[Any, ...]:
+        x, weight = meta(BATCH * patches, width), meta(width)
+        return x, weight, weight, 1e-6, meta(BATCH * patches, width) if residual else None
+
+    op = "layer_norm_quantize"
+    yield Case(op, "L/16 bf16 with a residual", layer_norm(1024))
+    yield Case(op, "L/16 bf16", layer_norm(1024, residual=False))
+    yield Case(op, "B/16 bf16 with a residual", layer_norm(768))
+    yield Case(op, "H/14 bf16 with a residual", layer_norm(1280, patches=256))
+    yield Case(op, "g/16 bf16 with a residual", layer_norm(1408))
+    op = "gelu_quantize"
+    yield Case(op, "L/16 bf16", (meta(BATCH * 196, 4096),))
+    yield Case(op, "B/16 bf16", (meta(BATCH * 196, 3072),))
+    yield Case(op, "H/14 bf16", (meta(BATCH * 256, 5120),))
+    yield Case(op, "g/16 bf16", (meta(BATCH * 196, 6144),))

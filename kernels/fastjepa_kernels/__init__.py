@@ -8,6 +8,8 @@ from fastjepa_kernels.attention import packed_attention
 from fastjepa_kernels.averaging import EMA
 from fastjepa_kernels.choice import implementations, use
 from fastjepa_kernels.ema import ema_update_
+from fastjepa_kernels.fp8_linear import fp8_available, fp8_linear
+from fastjepa_kernels.fused_quantize import gelu_quantize, layer_norm_quantize
 from fastjepa_kernels.gather import gather_tokens
 from fastjepa_kernels.loss import jepa_loss
 from fastjepa_kernels.patchify import patchify_gather
@@ -18,10 +20,14 @@ __all__ = [
     "EMA",
     "StochasticRounding",
     "ema_update_",
+    "fp8_available",
+    "fp8_linear",
     "gather_tokens",
+    "gelu_quantize",
     "implementations",
     "integrations",
     "jepa_loss",
+    "layer_norm_quantize",
     "nn",
     "packed_attention",
     "patchify_gather",

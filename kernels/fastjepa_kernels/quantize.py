@@ -1,6 +1,6 @@
 """quantize_rows_: a matrix in float8_e4m3fn with one scale per row, for GEMMs in fp8.
 
-    scale[r] = max |x[r]| / 448;  out[r] = x[r] / scale[r], rounded to nearest even
+    scale[r] = max |x[r]| / 448;  out[r] = x[r] * (1 / scale[r]), rounded to nearest even
 
 Bytes that must move: each element of x once, one byte per element of the result, and the scales. Needed
 after whole rows are there: a sharded weight cuts rows, and with them their maxima.
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastjepa_kernels import choice
 from fastjepa_kernels.checks import require, require_float, require_same_device, require_writable, shape_of
 from fastjepa_kernels.choice import Way, Ways
-from fastjepa_kernels.language import tl, triton
+from fastjepa_kernels.language import architecture, tl, triton
 from fastjepa_kernels.launch import dense_rows
 from fastjepa_kernels.overlap import find_shared
 
@@ -26,29 +26,51 @@ _MOST_COLUMNS = 16384  # a row is held in registers, so that it is read once
 # --------------------------------------------------------------------------------------- reference
 
 
-def _reference(x: Tensor, out: Tensor, scale: Tensor) -> None:
+def reference(x: Tensor, out: Tensor, scale: Tensor) -> None:
     x = x.float()
     largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(len(x))
     scale.copy_((largest / _LARGEST).clamp(min=_SMALLEST_SCALE))
-    # Within 448 up to its last bit, or NaN: what a cast does beyond differs between versions of torch.
-    out.copy_(x / scale[:, None])
+    # One division a row, not one an element. Within 448 up to its last bits, or NaN: what a cast does beyond
+    # differs between versions of torch.
+    out.copy_(x * scale.reciprocal()[:, None])
 
 
 # ------------------------------------------------------------------------------------------ Triton
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether the instruction that converts to float8_e4m3fn is there: on NVIDIA's GPUs from sm_89 on."""
+    return 89 <= architecture(device) < 900  # AMD's numbers are larger, and their e4m3 another one at first
+
+
 @triton.jit
-def _to_e4m3(value):
-    """Bits of float8_e4m3fn, for magnitudes up to 448 and NaN: not every GPU has the instruction."""
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Half of the last bit that stays is added, less one where that bit is even, and 20 bits are cut off.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (127 - 7) * 8
-    # Below 2**-6 the steps are 2**-9, which is fp32's own step at 2**14.
-    small = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal)
-    code = tl.where(magnitude < 0x7F800000, code, 0x7F)  # NaN
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+def to_e4m3(value, HARDWARE: tl.constexpr):
+    """Bits of float8_e4m3fn, rounded to nearest even, for magnitudes up to 448 and NaN."""
+    if HARDWARE:
+        return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # Half of the last bit that stays is added, less one where that bit is even, and 20 bits are cut off.
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (127 - 7) * 8
+        # Below 2**-6 the steps are 2**-9, which is fp32's own step at 2**14.
+        small = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(magnitude < 0x3C800000, small, normal)
+        code = tl.where(magnitude < 0x7F800000, code, 0x7F)  # NaN
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def largest_bits(value):
+    """Of each row the largest magnitude, as the bits of fp32: NaN is above infinity there, so it stays."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def scale_of(bits):
+    """From `largest_bits`, what the rows are divided by."""
+    scale = tl.maximum(tl.div_rn(bits.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
+    return tl.where(bits > 0x7F800000, float("nan"), scale)
 
 
 @triton.jit
@@ -63,17 +85,15 @@ def _quantize_kernel(
     scale_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HARDWARE: tl.constexpr,  # has the conversion
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     value = tl.load(x + (row.to(tl.int64) * x_stride)[:, None] + column[None, :], mask=inside, other=0.0)
     value = value.to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=1)
-    # A maximum may pass over NaN.
-    broken = tl.max((value != value).to(tl.int32), axis=1)
-    by = tl.where(broken > 0, float("nan"), tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38))
-    code = _to_e4m3(tl.div_rn(value, tl.broadcast_to(by[:, None], [ROWS, COLUMNS])))
+    by = scale_of(largest_bits(value))
+    code = to_e4m3(value * tl.div_rn(1.0, by)[:, None], HARDWARE)
     tl.store(out + (row.to(tl.int64) * out_stride)[:, None] + column[None, :], code, mask=inside)
     tl.store(scale + row.to(tl.int64) * scale_stride, by, mask=row < rows)
 
@@ -96,6 +116,7 @@ def _triton(x: Tensor, out: Tensor, scale: Tensor) -> None:
         scale.stride(0),
         ROWS=together,
         COLUMNS=width,
+        HARDWARE=has_e4m3(x.device),
         num_warps=min(16, max(4, width // 512)),
     )
 
@@ -110,7 +131,7 @@ def _takes(x: Tensor, out: Tensor, scale: Tensor) -> bool:
 _WAYS = Ways(
     "quantize_rows_",
     Way("triton", _triton, takes=_takes),
-    Way("torch", _reference),
+    Way("torch", reference),
     size=lambda x, *_rest: tuple(x.shape),
 )
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
 from fastjepa_kernels.language import tl, triton
-from fastjepa_kernels.quantize import _to_e4m3
+from fastjepa_kernels.quantize import to_e4m3
 
 FP8 = torch.float8_e4m3fn
 IMPLEMENTATIONS = fk.implementations("quantize_rows_", "cpu")
@@ -111,7 +111,7 @@ def test_triton_gives_the_bits_of_torch(dtype: torch.dtype, shape: tuple[int, in
 @triton.jit
 def _cast_kernel(value: Any, out: Any, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, _to_e4m3(tl.load(value + at)))
+    tl.store(out + at, to_e4m3(tl.load(value + at), HARDWARE=False))
 
 
 @pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="needs Triton's interpreter")
