@@ -21,7 +21,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         tokens, width = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.heads, width // self.heads)  # [T, 3, H, d]
-        out = fk.packed_attention(qkv, sequences.cu_seqlens, sequences.max_seqlen)  # [T, H, d]
+        cut, longest, equal = sequences.cu_seqlens, sequences.max_seqlen, sequences.equal
+        out = fk.packed_attention(qkv, cut, longest, equal=equal)  # [T, H, d]
         return self.proj(out.reshape(tokens, width))
 
 

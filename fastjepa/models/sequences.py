@@ -13,6 +13,7 @@ class Sequences:
 
     cu_seqlens: Tensor  # int32 [S + 1]
     max_seqlen: int  # an upper bound, known without asking the device
+    equal: bool = False  # all are of max_seqlen tokens and fill the stream, so dense kernels may serve
 
     @property
     def count(self) -> int:
@@ -25,4 +26,4 @@ def equal_sequences(count: int, length: int, device: torch.device) -> Sequences:
     # A cached tensor may be asked for inside and outside inference mode; it must serve both.
     with torch.inference_mode(False):
         starts = torch.arange(count + 1, dtype=torch.int32, device=device) * length
-    return Sequences(starts, length)
+    return Sequences(starts, length, equal=True)

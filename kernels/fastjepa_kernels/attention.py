@@ -24,6 +24,7 @@ from fastjepa_kernels.checks import (
     require_float,
     require_same_device,
     shape_of,
+    values_are_checked,
 )
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.gradients import refuse_double_backward, refuse_forward_mode
@@ -37,7 +38,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def _reference(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Pads every sequence to the bound, and attends under a mask of keys."""
     padding = Padding.of(cu_seqlens, qkv.shape[0], max_seqlen)
     q, k, v = padding.pad(qkv).to(_wide(qkv.dtype)).permute(2, 0, 3, 1, 4)  # [S, H, L, d] each
@@ -73,14 +76,19 @@ def _takes_triton_backward(x: Tensor, *_rest: Any) -> bool:
     return x.element_size() == 2 or (x.dtype == torch.float32 and x.shape[-1] <= 64)
 
 
-def _size(x: Tensor, *rest: Any) -> tuple[int, ...]:
+def _size(qkv: Tensor, _cu_seqlens: Tensor, max_seqlen: int, *_rest: Any) -> tuple[int, ...]:
     """Of one program's work: head dim and longest sequence."""
-    return x.shape[-1], rest[-2]
+    return qkv.shape[-1], max_seqlen
+
+
+def _size_backward(dout: Tensor, *rest: Any) -> tuple[int, ...]:
+    return dout.shape[-1], rest[-2]
 
 
 _WAYS = Ways(
     "packed_attention",
     Way("triton", attention_triton_forward.attention, takes=_takes_triton),
+    Way("cudnn", stock.cudnn, takes=stock.takes_cudnn),
     Way("varlen", stock.varlen, takes=stock.takes_varlen),
     Way("fa2", stock.fa2, takes=stock.takes_half, installed=stock.fa2_installed),
     Way("fa4", stock.fa4, takes=stock.takes_fa4, installed=stock.fa4_installed),
@@ -96,25 +104,28 @@ _BACKWARD_WAYS = Ways(
     Way("fa4", stock.fa4_backward, takes=stock.takes_fa4, installed=stock.fa4_installed),
     Way("sdpa", stock.sdpa_backward, takes=stock.takes_sdpa),
     Way("torch", _reference_backward),
-    size=_size,
+    size=_size_backward,
 )
 
 
 @torch.library.custom_op("fastjepa::packed_attention", mutates_args=())
 def _packed_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, preference: str
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, preference: str, equal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, d] and lse [H, T], both zero past the end."""
     tokens, _, heads, head_dim = qkv.shape
     require_cu_seqlens_values(cu_seqlens, tokens, max_seqlen)
+    if equal and values_are_checked(cu_seqlens):
+        lengths = cu_seqlens.diff().tolist()
+        require(set(lengths) <= {max_seqlen}, lambda: f"not all of equal length {max_seqlen}: {lengths[:8]}")
     if tokens == 0 or cu_seqlens.numel() == 1 or max_seqlen == 0:
         return qkv.new_zeros(tokens, heads, head_dim), qkv.new_zeros(heads, tokens, dtype=_wide(qkv.dtype))
-    return _WAYS(preference, qkv.device, qkv, cu_seqlens, max_seqlen, scale)
+    return _WAYS(preference, qkv.device, qkv, cu_seqlens, max_seqlen, scale, equal)
 
 
 @_packed_attention.register_fake
 def _(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, preference: str
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, preference: str, equal: bool = False
 ) -> tuple[Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=_wide(qkv.dtype))
@@ -152,7 +163,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.preference = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.preference, *_ = inputs
     out, lse = output
     ctx.save_for_backward(qkv, out, lse, cu_seqlens)
     ctx.mark_non_differentiable(lse)
@@ -161,11 +172,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
+        return (None,) * 6
     dqkv = torch.ops.fastjepa.packed_attention_backward(
         dout, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.preference
     )
-    return dqkv, None, None, None, None
+    return dqkv, None, None, None, None, None
 
 
 _packed_attention.register_autograd(_backward, setup_context=_save)
@@ -201,7 +212,9 @@ def _backward_flop(
 # ---------------------------------------------------------------------------------------- for users
 
 
-def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None) -> Tensor:
+def packed_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None, *, equal: bool = False
+) -> Tensor:
     """Attend within each sequence of a packed stream.
 
     Args:
@@ -209,15 +222,18 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
         cu_seqlens: int32 [S + 1] on the device of `qkv`; sequences may be empty.
         max_seqlen: an upper bound of the lengths, known on the host.
         scale: of the scores; 1 / sqrt(d) by default.
+        equal: the caller's word that every sequence has max_seqlen tokens and that they fill the stream, so
+            that dense kernels may serve; nothing on a GPU can tell without waiting for it.
 
     Returns:
         [T, H, d]. Rows past cu_seqlens[-1] are zero, and so are their gradients. Once differentiable.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or head dim; on the CPU also for cu_seqlens that do
-            not start at 0, decrease or pass T, and for a sequence longer than max_seqlen. On a GPU these
-            are looked at under FASTJEPA_DEBUG=1; without it nothing outside the tensors is touched, and
-            what comes out of such a call means nothing.
+            not start at 0, decrease or pass T, for a sequence longer than max_seqlen, and for `equal`
+            where they are not; T must be S * max_seqlen then on any device. On a GPU the values are looked
+            at under FASTJEPA_DEBUG=1; without it nothing outside the tensors is touched, and what comes out
+            of such a call means nothing.
         NotImplementedError: in forward-mode differentiation, or at a second derivative.
     """
     require(qkv.ndim == 4 and qkv.shape[1] == 3, lambda: f"qkv must be [T, 3, H, d], got {shape_of(qkv)}")
@@ -231,6 +247,14 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: fl
     )
     require(max_seqlen >= 0, lambda: f"max_seqlen must be 0 or more, got {max_seqlen}")
     require_cu_seqlens(cu_seqlens)
+    require(
+        not equal or qkv.shape[0] == (cu_seqlens.numel() - 1) * max_seqlen,
+        lambda: (
+            f"{cu_seqlens.numel() - 1} sequences of equal length {max_seqlen} do not fill {qkv.shape[0]} tokens"
+        ),
+    )
     scale = head_dim**-0.5 if scale is None else float(scale)
-    out, _ = torch.ops.fastjepa.packed_attention(qkv, cu_seqlens, max_seqlen, scale, choice.preference())
+    out, _ = torch.ops.fastjepa.packed_attention(
+        qkv, cu_seqlens, max_seqlen, scale, choice.preference(), equal
+    )
     return out

@@ -28,7 +28,9 @@ def _rows_dense(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- torch's SDPA
 
 
-def sdpa(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def sdpa(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     run = _sdpa_in_runs if qkv.device.type == "cpu" else _sdpa_padded
     return run(_rows_dense(qkv), cu_seqlens, max_seqlen, scale)
 
@@ -129,6 +131,25 @@ def _sdpa_padded_backward(
     return torch.stack([padding.unpad(gradient.transpose(1, 2)) for gradient in gradients], dim=1)
 
 
+# ------------------------------------------------------------------- dense, of one length, on NVIDIA's GPUs
+
+
+def takes_cudnn(qkv: Tensor, *rest: Any) -> bool:
+    # cuDNN's stream of heads must start on 16 bytes; its graphs for Hopper take heads of up to 128.
+    return takes_half(qkv) and torch.version.hip is None and rest[-1] is True
+
+
+def cudnn(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """On views of the stream: no padding, no copy. Only for sequences that are equal."""
+    query, key, value = _parts(_rows_dense(qkv), (cu_seqlens.numel() - 1, max_seqlen))
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+    heads = qkv.shape[2]
+    rows = out.transpose(1, 2).reshape(-1, heads, qkv.shape[3])  # [T, H, d]
+    return rows, lse.reshape(-1, heads, max_seqlen).transpose(0, 1).reshape(heads, -1)
+
+
 # ---------------------------------------------------------- kernels that take packed sequences, on a GPU
 
 
@@ -155,7 +176,9 @@ def takes_varlen(x: Tensor, *_rest: Any) -> bool:
     return takes_half(x) and torch.version.hip is None  # whose lse has another shape
 
 
-def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def varlen(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     """What torch.nn.attention.varlen runs: its own flash attention."""
     starts = _within(cu_seqlens, len(qkv))
     out, lse, *_ = aten._flash_attention_forward(
@@ -189,7 +212,9 @@ def fa2_installed() -> bool:
     return find_spec("flash_attn_2_cuda") is not None and _flash_attn_has("flash_attn_interface.py")
 
 
-def fa2(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def fa2(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     starts = _within(cu_seqlens, len(qkv))
@@ -228,7 +253,9 @@ def takes_fa4(x: Tensor, *_rest: Any) -> bool:
     return takes_half(x) and 90 <= architecture(x.device) < 900  # AMD's begin there
 
 
-def fa4(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def fa4(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     starts = _within(cu_seqlens, len(qkv))

@@ -133,7 +133,9 @@ def forward_blocks(
     tl.store(lse + rows, (top + tl.log2(total)) / LOG2E, mask=rows < length)
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     """out [T, H, d] and lse fp32 [H, T]."""
     tokens, _, heads, head_dim = qkv.shape
     sequences = cu_seqlens.numel() - 1

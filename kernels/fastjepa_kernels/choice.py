@@ -27,6 +27,7 @@ _RUNS_ON: dict[str, Callable[[str], bool]] = {
     "cpp": lambda device: HAS_CPP and device == "cpu",
     "torch": lambda device: True,
     "sdpa": lambda device: True,
+    "cudnn": lambda device: device == "cuda",
     "varlen": lambda device: device == "cuda",
     "fa2": lambda device: device == "cuda",
     "fa4": lambda device: device == "cuda",
@@ -192,7 +193,7 @@ def use(name: str, *, strict: bool = False) -> Iterator[None]:
     ends last would leave behind what it found when it began.
 
     Args:
-        name: "triton", "cuda", "cpp", "torch", and for attention "sdpa", "varlen", "fa2", "fa4".
+        name: "triton", "cuda", "cpp", "torch", and for attention "sdpa", "cudnn", "varlen", "fa2", "fa4".
         strict: raise instead where it cannot run. The gradient of an op that has no implementation of that
             name for gradients runs as its next best all the same.
 

@@ -45,7 +45,8 @@ def equal_lengths(like: Tensor, batch: int, tokens: int) -> Tensor:
 def dense_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     """packed_attention of sequences of one length: [B, N, 3, H, d] -> [B, N, H, d], without a copy."""
     batch, tokens = qkv.shape[:2]
-    out = packed_attention(qkv.flatten(0, 1), equal_lengths(qkv, batch, tokens), tokens, scale)
+    starts = equal_lengths(qkv, batch, tokens)
+    out = packed_attention(qkv.flatten(0, 1), starts, tokens, scale, equal=True)
     return out.unflatten(0, (batch, tokens))
 
 

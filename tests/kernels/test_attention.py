@@ -438,3 +438,13 @@ def test_kernels_that_count_in_int32_get_no_stream_too_long_for_it(monkeypatch: 
         monkeypatch.setattr(*kernel, None)
     with fk.use("triton", strict=True):
         check([9, 0, 5], torch.float16, head_dim=24, past_the_end=2, tolerance=2**-8)
+
+
+def test_equal_lengths_are_the_caller_s_word_and_are_checked_where_it_costs_nothing() -> None:
+    qkv = torch.randn(12, 3, 2, 8)
+    starts = starts_of([4, 4, 4])
+    assert torch.equal(fk.packed_attention(qkv, starts, 4, equal=True), fk.packed_attention(qkv, starts, 4))
+    with pytest.raises(ValueError, match="not all of equal length 4"):
+        fk.packed_attention(qkv, starts_of([4, 3, 4]), 4, equal=True)
+    with pytest.raises(ValueError, match="do not fill 12 tokens"):
+        fk.packed_attention(qkv, starts_of([4, 4]), 4, equal=True)
