@@ -1,0 +1,1 @@
+"""Accuracy: against time and FLOPs, and against detail that nobody can predict."""

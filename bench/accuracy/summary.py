@@ -1,0 +1,254 @@
+"""From results to numbers, bands and sentences. Nothing in the sentences but what the numbers say."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bench.accuracy.plan import CLEAN, LEARNERS, TRAINED, Condition
+from bench.accuracy.store import Point, Result
+
+Measure = Literal["linear_top1", "knn_top1"]
+MEASURES: dict[Measure, str] = {"linear_top1": "linear probe", "knn_top1": "kNN"}
+NAMES = {"pixels": "raw pixels", "untrained": "an untrained encoder", "jepa": "I-JEPA", "mae": "MAE"}
+_PLURAL = ("pixels",)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Mean, least and most over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Band | None":
+        """None of no value."""
+        values = list(values)
+        if not values:
+            return None
+        low, high = min(values), max(values)
+        # A mean of equal numbers may be rounded out of their range.
+        return cls(min(max(math.fsum(values) / len(values), low), high), low, high, len(values))
+
+    def overlaps(self, other: "Band") -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+    def __str__(self) -> str:
+        """In points: 81.2 (80.9–81.5)."""
+        mean, low, high = (f"{100 * value:.1f}" for value in (self.mean, self.low, self.high))
+        return mean if self.seeds == 1 else f"{mean} ({low}–{high})"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The runs of a learner after the same part of their training."""
+
+    seconds: float
+    flop: float
+    accuracy: Band
+
+
+def chosen(results: Sequence[Result], learner: str, condition: Condition) -> list[Result]:
+    return [one for one in results if one.learner == learner and one.condition == condition]
+
+
+def final(results: Sequence[Result], learner: str, condition: Condition, measure: Measure) -> Band | None:
+    """What the learner has come to at its end."""
+    return Band.of(_finals(results, learner, condition, measure).values())
+
+
+def _finals(
+    results: Sequence[Result], learner: str, condition: Condition, measure: Measure
+) -> dict[int, float]:
+    """By seed, without those that diverged."""
+    values = {one.seed: getattr(one.points[-1], measure) for one in chosen(results, learner, condition)}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def curve(results: Sequence[Result], learner: str, measure: Measure) -> list[CurvePoint]:
+    """Accuracy on clean images while training, where all seeds were judged after the same step."""
+    runs = chosen(results, learner, Condition())
+    by_step: dict[int, list[Point]] = {}
+    for run in runs:
+        for point in run.points:
+            if getattr(point, measure) is not None:
+                by_step.setdefault(point.step, []).append(point)
+    found = []
+    for _, points in sorted(by_step.items()):
+        band = Band.of(getattr(point, measure) for point in points)
+        if band is not None and len(points) == len(runs):
+            found.append(CurvePoint(points[0].seconds, points[0].flop, band))
+    return found
+
+
+def loss(results: Sequence[Result], learner: str, condition: Condition, measure: Measure) -> Band | None:
+    """How much lower the same seed ends under a condition than on clean images."""
+    clean = _finals(results, learner, Condition(), measure)
+    now = _finals(results, learner, condition, measure)
+    return Band.of(clean[seed] - now[seed] for seed in sorted(clean.keys() & now.keys()))
+
+
+def corrupted(results: Sequence[Result]) -> dict[str, list[float]]:
+    """The strengths of each kind, ascending."""
+    found: dict[str, set[float]] = {}
+    for one in results:
+        if one.kind != CLEAN:
+            found.setdefault(one.kind, set()).add(one.strength)
+    return {kind: sorted(strengths) for kind, strengths in sorted(found.items())}
+
+
+def at_flop(points: Sequence[CurvePoint], flop: float) -> Band | None:
+    """A curve between its points, by the logarithm of the FLOPs; None outside of it."""
+    for before, after in itertools.pairwise(points):
+        if before.flop <= flop <= after.flop and before.flop > 0:
+            span = math.log(after.flop / before.flop)
+            part = math.log(flop / before.flop) / span if span else 1.0
+            a, b = before.accuracy, after.accuracy
+            mean, low, high = (
+                x + part * (y - x) for x, y in ((a.mean, b.mean), (a.low, b.low), (a.high, b.high))
+            )
+            return Band(mean, low, high, min(a.seeds, b.seeds))
+    return None
+
+
+# ------------------------------------------------------------------------------------------- sentences
+
+
+def compare(bands: dict[str, Band], first: str, second: str) -> str:
+    """Who is ahead, and whether by more than seeds do: "I-JEPA is ahead of MAE, 81.2 (…) to 80.1 (…) %"."""
+    a, b = bands[first], bands[second]
+    if b.mean > a.mean:
+        return compare(bands, second, first)
+    numbers, verb = f"{a} to {b} %", "are" if first in _PLURAL else "is"
+    if min(a.seeds, b.seeds) == 1:
+        lead = "level with" if a.mean == b.mean else "ahead of"
+        return f"{NAMES[first]} {verb} {lead} {NAMES[second]}, {numbers}, with one seed"
+    if a.overlaps(b):
+        return f"{NAMES[first]} and {NAMES[second]} cannot be told apart, {numbers}: the bands overlap"
+    return f"{NAMES[first]} {verb} ahead of {NAMES[second]}, {numbers}; the bands do not overlap"
+
+
+def verdict(results: Sequence[Result], measure: Measure = "linear_top1") -> list[str]:
+    """What the results show, in sentences."""
+    said = _on_clean_images(results, measure)
+    held: dict[str, str] = {}
+    for kind, strengths in corrupted(results).items():
+        for strength in reversed(strengths):  # the strongest for which both have a number
+            losses = {
+                learner: band
+                for learner in LEARNERS
+                if (band := loss(results, learner, Condition(kind, strength), measure)) is not None
+            }
+            if set(TRAINED) <= losses.keys():
+                said += _under(results, Condition(kind, strength), losses, measure)
+                held[kind] = loses_less(losses["jepa"], losses["mae"])
+                break
+    if held:
+        said.append(_conclusion(held))
+    return said or ["Nothing has been measured that could be compared."]
+
+
+def _on_clean_images(results: Sequence[Result], measure: Measure) -> list[str]:
+    curves = {learner: curve(results, learner, measure) for learner in TRAINED}
+    if not all(curves.values()):
+        return []
+    ends = {learner: points[-1] for learner, points in curves.items()}
+    bands = {learner: end.accuracy for learner, end in ends.items()}
+    seconds = max(end.seconds for end in ends.values())
+    said = [f"Clean images, {MEASURES[measure]}, {seconds:.3g} s of training: {compare(bands, *TRAINED)}."]
+    flop = min(end.flop for end in ends.values())
+    level = {name: band for name, points in curves.items() if (band := at_flop(points, flop)) is not None}
+    if len(level) == 2:
+        said.append(f"At equal FLOPs, {flop:.2g}: {compare(level, *TRAINED)}.")
+    best = max(bands, key=lambda name: bands[name].mean)
+    for baseline in ("pixels", "untrained"):
+        band = final(results, baseline, Condition(), measure)
+        if band is not None:
+            said.append(
+                f"Of these two the better against {NAMES[baseline]}: "
+                f"{compare({best: bands[best], baseline: band}, best, baseline)}."
+            )
+    return said
+
+
+def loses_less(jepa: Band, mae: Band) -> Literal["jepa", "mae", "neither"]:
+    """Of two losses, whose is smaller by more than seeds do."""
+    if jepa.overlaps(mae):
+        return "neither"
+    return "jepa" if jepa.mean < mae.mean else "mae"
+
+
+def _under(
+    results: Sequence[Result], condition: Condition, losses: dict[str, Band], measure: Measure
+) -> list[str]:
+    each = ", ".join(f"{NAMES[name]} {losses[name]}" for name in sorted(losses, key=lambda n: losses[n].mean))
+    left = {name: band for name in TRAINED if (band := final(results, name, condition, measure)) is not None}
+    return [
+        f"With {condition.kind} of strength {condition.strength:g}, points lost, least first: {each}. "
+        f"What is left: {compare(left, *TRAINED)}."
+    ]
+
+
+def _conclusion(held: dict[str, str]) -> str:
+    def kinds(winner: str) -> list[str]:
+        return [kind for kind, name in held.items() if name == winner]
+
+    parts = [f"{NAMES[name]} loses less under {' and '.join(kinds(name))}" for name in TRAINED if kinds(name)]
+    if kinds("neither"):
+        parts.append(f"under {' and '.join(kinds('neither'))} the bands of what they lose overlap")
+    found = "; ".join(parts)
+    if all(name == "jepa" for name in held.values()):
+        answer = "Predicting representations held better than predicting pixels under every kind of detail"
+    elif kinds("jepa") and not kinds("mae"):
+        answer = "Predicting representations held better than predicting pixels under some kinds of detail"
+    elif kinds("jepa"):
+        answer = "Which held better depends on the kind of detail"
+    else:
+        answer = "That predicting representations holds better than predicting pixels is not borne out here"
+    return f"{answer}: {found}."
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One for each learner and condition, as in accuracy.json."""
+    found = []
+    for condition in dict.fromkeys(sorted((one.condition for one in results), key=_order)):
+        for learner in LEARNERS:
+            if not chosen(results, learner, condition):
+                continue
+            row: dict[str, Any] = {"kind": condition.kind, "strength": condition.strength, "learner": learner}
+            for measure in MEASURES:
+                band = final(results, learner, condition, measure)
+                row[measure] = None if band is None else asdict(band)
+                lost = loss(results, learner, condition, measure) if condition.strength else None
+                row[f"{measure}_lost"] = None if lost is None else asdict(lost)
+            found.append(row)
+    return found
+
+
+def _order(condition: Condition) -> tuple[bool, str, float]:
+    return condition.kind != CLEAN, condition.kind, condition.strength
+
+
+def markdown(results: Sequence[Result]) -> str:
+    lines = [
+        "| images | strength | features | linear, % | kNN, % | linear lost | kNN lost | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows(results):
+        bands = [
+            Band(**row[key]) if row[key] else None
+            for key in ("linear_top1", "knn_top1", "linear_top1_lost", "knn_top1_lost")
+        ]
+        cells = [str(band) if band else "–" for band in bands]
+        strength = f"{row['strength']:g}" if row["strength"] else "–"
+        seeds = max((band.seeds for band in bands if band), default=0)
+        cells = [row["kind"], strength, NAMES[row["learner"]].removeprefix("an "), *cells, str(seeds)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
