@@ -45,7 +45,7 @@ def _work_dtype(x: Tensor) -> torch.dtype:
 def _reference_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = x if residual is None else x + residual
+    total = x if residual is None else (x + residual).contiguous()
     work = _work_dtype(x)
     normalised = F.layer_norm(total.to(work), x.shape[1:], weight.to(work), bias.to(work), eps)
     q, scale = _empty(x)
@@ -144,8 +144,22 @@ def _layer_norm_kernel(
 
 
 @triton.jit
-def _gelu(value):
-    return 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+def _gelu(x):
+    """max(x, 0) - |x| Q(|x|), with Q the normal distribution's upper tail; within 5e-6 of it, and of x.
+
+    An erf as a GPU's library has it takes 30 instructions more an element, twice the time of the bytes. Here
+    Q(a) = exp(-a a / 2) p(1 / (1 + .31 a)), the form of Abramowitz and Stegun 26.2.17, with p fitted to the
+    relative error of Q from 0 to 13.5; there is nothing left of it beyond.
+    """
+    magnitude = tl.abs(x)
+    t = 1.0 / (1.0 + 0.31 * magnitude)
+    p = -0.07392765995821 * t + 0.18044521087713633
+    p = p * t + 0.015751616015526798
+    p = p * t + 0.13342532157848797
+    p = p * t + 0.12044264936280752
+    p = p * t + 0.12386054263487373
+    tail = p * t * tl.exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
+    return tl.maximum(x, 0.0) - magnitude * tail
 
 
 @triton.jit
