@@ -102,7 +102,8 @@ class _Fp8Block:
             q, scale, x = fk.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, branch)
         tokens, width = x.shape
         qkv = self.qkv(q, scale).view(tokens, 3, heads, width // heads)  # [T, 3, H, d]
-        out = fk.packed_attention(qkv, sequences.cu_seqlens, sequences.max_seqlen)  # [T, H, d]
+        cut, longest, equal = sequences.cu_seqlens, sequences.max_seqlen, sequences.equal
+        out = fk.packed_attention(qkv, cut, longest, equal=equal)  # [T, H, d]
         out = out.reshape(tokens, width)
         if rows is not None:
             x, out = x.index_select(0, rows), out.index_select(0, rows)  # [R, D]
