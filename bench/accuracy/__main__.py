@@ -62,10 +62,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.steps, options.seconds = options.steps or QUICK_STEPS, None
         options.bank, options.queries = QUICK_IMAGES, QUICK_IMAGES
-        options.strengths, options.seeds, options.kinds = (
-            options.strengths[:1],
-            options.seeds[:2],
-            options.kinds[:1],
+        options.seeds, options.kinds, options.strengths = (
+            part[:1] for part in (options.seeds, options.kinds, options.strengths)
         )
         options.set = [*QUICK_MODEL, *options.set]
     if not all(0 < strength <= 1 for strength in options.strengths):

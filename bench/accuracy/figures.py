@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -74,7 +75,8 @@ def samples(strengths: Sequence[float], seed: int = 0) -> Figure:
         strict=True,
     ):
         images = corrupt(garments[numbers], numbers, kind, strength, seed, garments)[:, 0]
-        shown = torch.cat([torch.cat([*images[:2]], 1), torch.cat([*images[2:]], 1)])  # [2 H, 2 W]
+        framed = F.pad(images, (1, 1, 1, 1), value=255)  # [4, H + 2, W + 2]
+        shown = torch.cat([torch.cat([*framed[:2]], 1), torch.cat([*framed[2:]], 1)])
         axes.imshow(shown.numpy(), "gray", vmin=0, vmax=255)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from bench.accuracy.plan import CLEAN, LEARNERS, TRAINED, Condition
 from bench.accuracy.store import Point, Result
 
 Measure = Literal["linear_top1", "knn_top1"]
+Cost = Literal["seconds", "flop"]
+Winner = Literal["jepa", "mae", "neither"]
 MEASURES: dict[Measure, str] = {"linear_top1": "linear probe", "knn_top1": "kNN"}
 NAMES = {"pixels": "raw pixels", "untrained": "an untrained encoder", "jepa": "I-JEPA", "mae": "MAE"}
 _PLURAL = ("pixels",)
@@ -101,17 +103,31 @@ def corrupted(results: Sequence[Result]) -> dict[str, list[float]]:
     return {kind: sorted(strengths) for kind, strengths in sorted(found.items())}
 
 
-def at_flop(points: Sequence[CurvePoint], flop: float) -> Band | None:
-    """A curve between its points, by the logarithm of the FLOPs; None outside of it."""
+def at_cost(points: Sequence[CurvePoint], cost: Cost, value: float) -> Band | None:
+    """A curve between its points, by the logarithm of the cost; None outside of it."""
     for before, after in itertools.pairwise(points):
-        if before.flop <= flop <= after.flop and before.flop > 0:
-            span = math.log(after.flop / before.flop)
-            part = math.log(flop / before.flop) / span if span else 1.0
+        low, high = getattr(before, cost), getattr(after, cost)
+        if 0 < low <= value <= high:
+            part = math.log(value / low) / math.log(high / low) if high > low else 1.0
             a, b = before.accuracy, after.accuracy
-            mean, low, high = (
+            mean, least, most = (
                 x + part * (y - x) for x, y in ((a.mean, b.mean), (a.low, b.low), (a.high, b.high))
             )
-            return Band(mean, low, high, min(a.seeds, b.seeds))
+            return Band(mean, least, most, min(a.seeds, b.seeds))
+    return None
+
+
+def seconds_to(points: Sequence[CurvePoint], accuracy: float) -> float | None:
+    """When the mean over seeds first comes to an accuracy; None if never.
+
+    The first judgement is the earliest time that can be told.
+    """
+    if points and points[0].accuracy.mean >= accuracy:
+        return points[0].seconds
+    for before, after in itertools.pairwise(points):
+        low, high = before.accuracy.mean, after.accuracy.mean
+        if low < accuracy <= high and before.seconds > 0:
+            return before.seconds * (after.seconds / before.seconds) ** ((accuracy - low) / (high - low))
     return None
 
 
@@ -135,35 +151,49 @@ def compare(bands: dict[str, Band], first: str, second: str) -> str:
 def verdict(results: Sequence[Result], measure: Measure = "linear_top1") -> list[str]:
     """What the results show, in sentences."""
     said = _on_clean_images(results, measure)
-    held: dict[str, str] = {}
+    less: dict[Condition, Winner] = {}
+    left: dict[Condition, Winner] = {}
     for kind, strengths in corrupted(results).items():
-        for strength in reversed(strengths):  # the strongest for which both have a number
-            losses = {
-                learner: band
-                for learner in LEARNERS
-                if (band := loss(results, learner, Condition(kind, strength), measure)) is not None
-            }
-            if set(TRAINED) <= losses.keys():
-                said += _under(results, Condition(kind, strength), losses, measure)
-                held[kind] = loses_less(losses["jepa"], losses["mae"])
-                break
-    if held:
-        said.append(_conclusion(held))
+        for strength in reversed(strengths):
+            condition = Condition(kind, strength)
+            losses = _bands(loss, results, condition, measure)
+            ends = _bands(final, results, condition, measure)
+            if not set(TRAINED) <= losses.keys() & ends.keys():
+                continue
+            if kind not in {known.kind for known in less}:  # at its strongest
+                said.append(_under(condition, losses, ends))
+            less[condition] = smaller(losses["jepa"], losses["mae"])
+            left[condition] = _OTHER[smaller(ends["jepa"], ends["mae"])]
+    if less:
+        said += [_conclusion(less), f"Of accuracy itself, {_shares(left, 'has more left')}."]
     return said or ["Nothing has been measured that could be compared."]
+
+
+def _bands(
+    of: Callable[..., Band | None], results: Sequence[Result], condition: Condition, measure: Measure
+) -> dict[str, Band]:
+    found = {learner: of(results, learner, condition, measure) for learner in LEARNERS}
+    return {learner: band for learner, band in found.items() if band is not None}
 
 
 def _on_clean_images(results: Sequence[Result], measure: Measure) -> list[str]:
     curves = {learner: curve(results, learner, measure) for learner in TRAINED}
     if not all(curves.values()):
         return []
-    ends = {learner: points[-1] for learner, points in curves.items()}
-    bands = {learner: end.accuracy for learner, end in ends.items()}
-    seconds = max(end.seconds for end in ends.values())
-    said = [f"Clean images, {MEASURES[measure]}, {seconds:.3g} s of training: {compare(bands, *TRAINED)}."]
-    flop = min(end.flop for end in ends.values())
-    level = {name: band for name, points in curves.items() if (band := at_flop(points, flop)) is not None}
-    if len(level) == 2:
-        said.append(f"At equal FLOPs, {flop:.2g}: {compare(level, *TRAINED)}.")
+    said = []
+    costs: tuple[tuple[Cost, str], ...] = (("seconds", "{:.3g} s of training"), ("flop", "{:.2g} FLOPs"))
+    for cost, words in costs:
+        value = min(getattr(points[-1], cost) for points in curves.values())
+        level = {name: band for name, points in curves.items() if (band := at_cost(points, cost, value))}
+        if len(level) == 2:
+            said.append(
+                f"Clean images, {MEASURES[measure]}, {words.format(value)} each: {compare(level, *TRAINED)}."
+            )
+    bands = {learner: points[-1].accuracy for learner, points in curves.items()}
+    wanted = min(band.mean for band in bands.values())
+    times = {name: seconds_to(points, wanted) for name, points in curves.items()}
+    needed = " and ".join(f"{NAMES[name]} {time:.2g} s" for name, time in times.items() if time is not None)
+    said.append(f"To {100 * wanted:.1f} %, which both come to, it took {needed}.")
     best = max(bands, key=lambda name: bands[name].mean)
     for baseline in ("pixels", "untrained"):
         band = final(results, baseline, Condition(), measure)
@@ -175,41 +205,45 @@ def _on_clean_images(results: Sequence[Result], measure: Measure) -> list[str]:
     return said
 
 
-def loses_less(jepa: Band, mae: Band) -> Literal["jepa", "mae", "neither"]:
-    """Of two losses, whose is smaller by more than seeds do."""
-    if jepa.overlaps(mae):
+def smaller(jepa: Band, mae: Band) -> Winner:
+    """Whose is smaller by more than seeds do. One seed does not say what seeds do."""
+    if min(jepa.seeds, mae.seeds) < 2 or jepa.overlaps(mae):
         return "neither"
     return "jepa" if jepa.mean < mae.mean else "mae"
 
 
-def _under(
-    results: Sequence[Result], condition: Condition, losses: dict[str, Band], measure: Measure
-) -> list[str]:
+_OTHER: dict[Winner, Winner] = {"jepa": "mae", "mae": "jepa", "neither": "neither"}
+
+
+def _under(condition: Condition, losses: dict[str, Band], ends: dict[str, Band]) -> str:
     each = ", ".join(f"{NAMES[name]} {losses[name]}" for name in sorted(losses, key=lambda n: losses[n].mean))
-    left = {name: band for name in TRAINED if (band := final(results, name, condition, measure)) is not None}
-    return [
+    return (
         f"With {condition.kind} of strength {condition.strength:g}, points lost, least first: {each}. "
-        f"What is left: {compare(left, *TRAINED)}."
-    ]
+        f"What is left: {compare(ends, *TRAINED)}."
+    )
 
 
-def _conclusion(held: dict[str, str]) -> str:
-    def kinds(winner: str) -> list[str]:
-        return [kind for kind, name in held.items() if name == winner]
-
-    parts = [f"{NAMES[name]} loses less under {' and '.join(kinds(name))}" for name in TRAINED if kinds(name)]
-    if kinds("neither"):
-        parts.append(f"under {' and '.join(kinds('neither'))} the bands of what they lose overlap")
-    found = "; ".join(parts)
-    if all(name == "jepa" for name in held.values()):
-        answer = "Predicting representations held better than predicting pixels under every kind of detail"
-    elif kinds("jepa") and not kinds("mae"):
-        answer = "Predicting representations held better than predicting pixels under some kinds of detail"
-    elif kinds("jepa"):
-        answer = "Which held better depends on the kind of detail"
+def _conclusion(less: dict[Condition, Winner]) -> str:
+    winners = set(less.values())
+    if winners == {"jepa"}:
+        answer = "Predicting representations held better than predicting pixels under all of this detail"
+    elif "jepa" in winners and "mae" not in winners:
+        answer = "Predicting representations held better than predicting pixels under some of this detail"
+    elif "jepa" in winners:
+        answer = "Whether predicting representations or pixels held better depends on the detail"
     else:
         answer = "That predicting representations holds better than predicting pixels is not borne out here"
-    return f"{answer}: {found}."
+    return f"{answer}: {_shares(less, 'loses less')}."
+
+
+def _shares(winners: dict[Condition, Winner], verb: str) -> str:
+    def under(winner: Winner) -> str:
+        return ", ".join(str(condition) for condition, name in winners.items() if name == winner)
+
+    parts = [f"{NAMES[name]} {verb} under {under(name)}" for name in ("jepa", "mae") if under(name)]
+    if under("neither"):
+        parts.append(f"under {under('neither')} the bands overlap, or are of one seed")
+    return "; ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -243,10 +243,22 @@ def test_a_curve_is_read_between_its_points(
 ) -> None:
     ends = [Band(low, low, low, 1), Band(high, high, high, 1)]
     points = [CurvePoint(0, flop, ends[0]), CurvePoint(0, flop * factor, ends[1])]
-    band = summary.at_flop(points, min(flop * factor**part, flop * factor))
+    band = summary.at_cost(points, "flop", min(flop * factor**part, flop * factor))
     assert band is not None
     assert band.mean == pytest.approx(low + part * (high - low), abs=1e-6)
-    assert summary.at_flop(points, flop * factor * 2) is None
+    assert summary.at_cost(points, "flop", flop * factor * 2) is None
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), fractions)
+def test_the_time_to_an_accuracy_is_where_the_curve_first_passes_it(
+    means: list[float], wanted: float
+) -> None:
+    points = [CurvePoint(2.0**i, 1, Band(mean, mean, mean, 2)) for i, mean in enumerate(means)]
+    found = summary.seconds_to(points, wanted)
+    assert (found is None) == (max(means) < wanted)
+    if found is not None:
+        first = next(point.seconds for point in points if point.accuracy.mean >= wanted)
+        assert first / 2 <= found <= first or found == first == 1
 
 
 def result(learner: str, seed: int, condition: Condition, linear: float | None) -> Result:
@@ -270,15 +282,37 @@ def made_up(loss_of: dict[str, float], spread: float = 0.0) -> list[Result]:
 
 
 def test_the_verdict_follows_the_numbers() -> None:
-    held = summary.verdict(made_up({"pixels": 0.1, "jepa": 0.2, "mae": 0.3}))
-    assert "Predicting representations held better" in held[-1]
-    assert "raw pixels 10.0 (10.0–10.0), I-JEPA 20.0 (20.0–20.0), MAE 30.0 (30.0–30.0)" in held[-2]
-    lost = summary.verdict(made_up({"jepa": 0.3, "mae": 0.2}))
-    assert "is not borne out" in lost[-1]
-    assert "MAE loses less under noise" in lost[-1]
-    level = summary.verdict(made_up({"jepa": 0.2, "mae": 0.25}, spread=0.2))
-    assert "is not borne out" in level[-1]
-    assert "the bands of what they lose overlap" in level[-1]
+    *_, numbers, held, left = summary.verdict(made_up({"pixels": 0.1, "jepa": 0.2, "mae": 0.3}))
+    assert held.startswith("Predicting representations held better than predicting pixels under all")
+    assert "raw pixels 10.0 (10.0–10.0), I-JEPA 20.0 (20.0–20.0), MAE 30.0 (30.0–30.0)" in numbers
+    assert left == "Of accuracy itself, I-JEPA has more left under noise-0.5."
+    *_, lost, left = summary.verdict(made_up({"jepa": 0.3, "mae": 0.2}))
+    assert "is not borne out" in lost
+    assert "MAE loses less under noise" in lost
+    assert "MAE has more left" in left
+    *_, level, left = summary.verdict(made_up({"jepa": 0.2, "mae": 0.25}, spread=0.2))
+    assert "is not borne out" in level
+    assert "the bands overlap" in level
+    assert "the bands overlap" in left
+
+
+def test_one_seed_proves_nothing() -> None:
+    results = [one for one in made_up({"jepa": 0.1, "mae": 0.3}) if one.seed == 0]
+    said = summary.verdict(results)
+    assert "with one seed" in said[0]
+    assert "is not borne out" in said[-2]
+
+
+def test_who_is_faster_is_said_in_seconds() -> None:
+    def run(learner: str, seed: int, accuracies: list[float]) -> Result:
+        points = [Point(i, 2.0**i, 1e9 * 2**i, x, x) for i, x in enumerate(accuracies)]
+        return Result(learner, seed, plan.CLEAN, 0.0, points)
+
+    results = [run("jepa", s, [0.1, 0.5, 0.7, 0.9]) for s in (0, 1)]
+    results += [run("mae", s, [0.1, 0.2, 0.3, 0.5]) for s in (0, 1)]
+    said = " ".join(summary.verdict(results))
+    assert "To 50.0 %, which both come to, it took I-JEPA 2 s and MAE 8 s." in said
+    assert "8 s of training each: I-JEPA is ahead of MAE, 90.0" in said
 
 
 def test_a_run_that_diverged_counts_for_nobody() -> None:
@@ -313,7 +347,8 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
 def test_the_whole_benchmark_runs_resumes_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--quick", "--device", "cpu", "--jobs", "1", "--results", str(tmp_path)]
+    arguments = ["--quick", "--device", "cpu", "--jobs", "1", "--side-by-side", "2"]
+    arguments += ["--seeds", "3", "--results", str(tmp_path)]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     command = [sys.executable, "-m", "bench.accuracy", *arguments]
     done = subprocess.run(
@@ -322,8 +357,8 @@ def test_the_whole_benchmark_runs_resumes_and_reports(
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "cpu" / "accuracy"
     runs = sorted(path.stem for path in (folder / "runs").glob("*.json"))
-    assert len(runs) == 2 * 2 * len(plan.LEARNERS)
-    assert {"jepa_clean_seed0", "mae_noise-0.75_seed1"} <= set(runs)
+    assert len(runs) == 2 * len(plan.LEARNERS)
+    assert {"jepa_clean_seed3", "mae_noise-0.75_seed3"} <= set(runs)
     content = json.loads((folder / "accuracy.json").read_text())
     assert len(content["rows"]) == 2 * len(plan.LEARNERS)
     assert all(0 < row["linear_top1"]["mean"] <= 1 for row in content["rows"])
