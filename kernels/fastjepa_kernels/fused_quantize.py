@@ -131,10 +131,10 @@ def _layer_norm_kernel(
     by_deviation = (1.0 / tl.sqrt(squares / width + eps))[:, None]
 
     head = _affine(head * by_deviation, weight, bias, at, width)
-    bits = largest_bits(head)
+    bits = largest_bits(head, 1)
     if TAIL > 0:
         tail = _affine(tail * by_deviation, weight, bias, tail_at, width)
-        bits = tl.maximum(bits, largest_bits(tail))
+        bits = tl.maximum(bits, largest_bits(tail, 1))
     divisor = scale_of(bits)
     factor = tl.div_rn(1.0, divisor)[:, None]
     tl.store(q + row + at[None, :], to_e4m3(head * factor, HARDWARE), mask=inside)
@@ -167,55 +167,38 @@ def _gelu_kernel(
     x,  # [T, K]
     q,  # [T, K] of bytes
     scale,  # [T]
-    tokens,  # T
     width,  # K
     x_stride,
-    ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,  # 0 if the head holds whole rows
     HARDWARE: tl.constexpr,  # has the conversion
 ):
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    present = (token < tokens)[:, None]
-    x_row = (token.to(tl.int64) * x_stride)[:, None]
-    row = (token.to(tl.int64) * width)[:, None]
-
+    # A program has one row: its scale is a scalar, so that no layout of the head is asked of the tail, for
+    # which GELU was computed again.
+    token = tl.program_id(0).to(tl.int64)
+    x += token * x_stride
+    q += token * width
     at = tl.arange(0, HEAD)
-    inside = present & (at < width)[None, :]
-    head = _gelu(tl.load(x + x_row + at[None, :], mask=inside, other=0.0).to(tl.float32))
-    bits = largest_bits(head)
+    inside = at < width
+    head = _gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32))
+    bits = largest_bits(head, 0)
     if TAIL > 0:
         tail_at = HEAD + tl.arange(0, TAIL)
-        tail_inside = present & (tail_at < width)[None, :]
-        tail = _gelu(tl.load(x + x_row + tail_at[None, :], mask=tail_inside, other=0.0).to(tl.float32))
-        bits = tl.maximum(bits, largest_bits(tail))
+        tail_inside = tail_at < width
+        tail = _gelu(tl.load(x + tail_at, mask=tail_inside, other=0.0).to(tl.float32))
+        bits = tl.maximum(bits, largest_bits(tail, 0))
     divisor = scale_of(bits)
-    factor = tl.div_rn(1.0, divisor)[:, None]
-    tl.store(q + row + at[None, :], to_e4m3(head * factor, HARDWARE), mask=inside)
+    factor = tl.div_rn(1.0, divisor)
+    tl.store(q + at, to_e4m3(head * factor, HARDWARE), mask=inside)
     if TAIL > 0:
-        tl.store(q + row + tail_at[None, :], to_e4m3(tail * factor, HARDWARE), mask=tail_inside)
-    tl.store(scale + token, divisor, mask=token < tokens)
+        tl.store(q + tail_at, to_e4m3(tail * factor, HARDWARE), mask=tail_inside)
+    tl.store(scale + token, divisor)
 
 
 def _blocks(width: int) -> tuple[int, int]:
     """Powers of two, head and tail, that together hold a row; the tail may be 0."""
     head = max(16, 1 << (width.bit_length() - 1))
     return head, triton.next_power_of_2(width - head) if width > head else 0
-
-
-def _launch(kernel: Any, x: Tensor, *arguments: Any) -> None:
-    """16 elements of the head a thread, and at most as many of the tail."""
-    tokens, width = x.shape
-    head, tail = _blocks(width)
-    rows = max(1, 2048 // head)
-    kernel[(triton.cdiv(tokens, rows),)](
-        *arguments,
-        ROWS=rows,
-        HEAD=head,
-        TAIL=tail,
-        HARDWARE=has_e4m3(x.device),
-        num_warps=max(4, head // 512),
-    )
 
 
 def _triton_layer_norm(
@@ -226,9 +209,11 @@ def _triton_layer_norm(
         return q, scale, total
     x = dense_rows(x)
     residual = None if residual is None else dense_rows(residual)
-    _launch(
-        _layer_norm_kernel,
-        x,
+    tokens, width = x.shape
+    head, tail = _blocks(width)
+    rows = max(1, 2048 // head)
+    # 16 elements of the head a thread, and at most as many of the tail.
+    _layer_norm_kernel[(triton.cdiv(tokens, rows),)](
         x,
         residual,
         weight.contiguous(),
@@ -236,10 +221,16 @@ def _triton_layer_norm(
         None if residual is None else total,
         q.view(torch.uint8),
         scale,
-        *x.shape,
+        tokens,
+        width,
         x.stride(0),
         0 if residual is None else residual.stride(0),
         eps,
+        ROWS=rows,
+        HEAD=head,
+        TAIL=tail,
+        HARDWARE=has_e4m3(x.device),
+        num_warps=max(4, head // 512),
     )
     return q, scale, total
 
@@ -249,7 +240,18 @@ def _triton_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) == 0:
         return q, scale
     x = dense_rows(x)
-    _launch(_gelu_kernel, x, x, q.view(torch.uint8), scale, *x.shape, x.stride(0))
+    head, tail = _blocks(x.shape[1])
+    _gelu_kernel[(len(x),)](
+        x,
+        q.view(torch.uint8),
+        scale,
+        x.shape[1],
+        x.stride(0),
+        HEAD=head,
+        TAIL=tail,
+        HARDWARE=has_e4m3(x.device),
+        num_warps=max(1, head // 512),
+    )
     return q, scale
 
 

@@ -61,14 +61,14 @@ def to_e4m3(value, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def largest_bits(value):
-    """Of each row the largest magnitude, as the bits of fp32: NaN is above infinity there, so it stays."""
-    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+def largest_bits(value, AXIS: tl.constexpr):
+    """Along an axis the largest magnitude, as the bits of fp32: NaN is above infinity there, so it stays."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
 
 
 @triton.jit
 def scale_of(bits):
-    """From `largest_bits`, what the rows are divided by."""
+    """From `largest_bits`, what is divided by."""
     scale = tl.maximum(tl.div_rn(bits.to(tl.float32, bitcast=True), 448.0), 1.1754943508222875e-38)
     return tl.where(bits > 0x7F800000, float("nan"), scale)
 
@@ -92,7 +92,7 @@ def _quantize_kernel(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     value = tl.load(x + (row.to(tl.int64) * x_stride)[:, None] + column[None, :], mask=inside, other=0.0)
     value = value.to(tl.float32)
-    by = scale_of(largest_bits(value))
+    by = scale_of(largest_bits(value, 1))
     code = to_e4m3(value * tl.div_rn(1.0, by)[:, None], HARDWARE)
     tl.store(out + (row.to(tl.int64) * out_stride)[:, None] + column[None, :], code, mask=inside)
     tl.store(scale + row.to(tl.int64) * scale_stride, by, mask=row < rows)
