@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument(
-        "--strengths", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="0 to 1, most telling first"
+        "--strengths", type=float, nargs="+", default=[1.0, 0.5, 0.25], help="0 to 1, most telling first"
     )
     parser.add_argument("--bank", type=int, default=4000, help="training images that probes learn from")
     parser.add_argument("--queries", type=int, default=4000, help="test images that they are judged on")

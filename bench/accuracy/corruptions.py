@@ -3,7 +3,7 @@
 Whatever is added is drawn from a counter that sees the number of the image and nothing else, neither its
 pixels nor its label, so it tells nothing about the class. Strength 0 gives the image itself, 1 the most:
 
-    noise        (1 - s) image + s noise, every pixel of it uniform and independent: nothing is left at 1
+    noise        (1 - a) image + a noise with a = .8 s: every pixel of it uniform and independent
     texture      s texture behind the garment, seen where the image is black; all contrast at 1
     distractor   another garment, somewhere, of another size, pasted over with opacity s
 """
@@ -21,6 +21,7 @@ from fastjepa.masks.counter import Stream, below, random_words, uniform
 Kind = Literal["noise", "texture", "distractor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+MOST_NOISE = 0.8  # of a mixture; a fifth of the image is left
 SOLID = 64  # grey levels from which on a pixel is all garment; darker ones let through what is behind
 CELLS = (4, 7, 14)  # of a texture, along a side: blots from 7 down to 2 pixels wide
 SCALES = (0.4, 0.8)  # of a distractor
@@ -80,7 +81,7 @@ def corrupt(
 
 def _noise(images: Tensor, draws: Draws, strength: float, _donors: Tensor) -> Tensor:
     noise = draws.levels(images[0].numel()).view_as(images)
-    return images.lerp(noise, strength)
+    return images.lerp(noise, MOST_NOISE * strength)
 
 
 def _texture(images: Tensor, draws: Draws, strength: float, _donors: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def write(store: Store) -> list[Path]:
         "accuracy_flops.png": figures.against_cost(results, lambda point: point.flop, "FLOPs of training"),
         "detail.png": figures.against_strength(results),
         "detail_samples.png": figures.samples(
-            sorted({s for strengths in corrupted(results).values() for s in strengths}) or [0.25, 0.5, 0.75]
+            sorted({s for strengths in corrupted(results).values() for s in strengths}) or [0.25, 0.5, 1.0]
         ),
     }
     store.folder.mkdir(parents=True, exist_ok=True)

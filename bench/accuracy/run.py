@@ -150,7 +150,7 @@ class Experiment:
         self._judge_baselines([task for task in left if task.learner not in TRAINED])
         for first in range(0, len(training), most_lanes):
             self._train(training[first : first + most_lanes])
-        self.collect()
+            self.collect()
 
     def collect(self, wait: bool = False) -> None:
         """Keep the results of tasks whose judgements are done; with `wait`, of all."""

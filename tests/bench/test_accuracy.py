@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.accuracy import plan, summary
 from bench.accuracy.__main__ import CONFIGS, main
-from bench.accuracy.corruptions import KINDS, corrupt
+from bench.accuracy.corruptions import KINDS, MOST_NOISE, corrupt
 from bench.accuracy.lanes import Lane
 from bench.accuracy.plan import Condition, Task
 from bench.accuracy.probes import judge
@@ -85,9 +85,10 @@ def test_detail_differs_between_images_and_seeds(kind: str, garments: Tensor) ->
 
 def test_noise_is_drawn_without_a_look_at_the_image(garments: Tensor) -> None:
     numbers = torch.arange(500)
-    noise = corrupt(garments[:500], numbers, "noise", 1.0, 0)
-    assert torch.equal(noise, corrupt(torch.zeros_like(garments[:500]), numbers, "noise", 1.0, 0))
-    values = noise.float() / 255
+    noise = corrupt(torch.zeros_like(garments[:500]), numbers, "noise", 1.0, 0)
+    added = corrupt(garments[:500], numbers, "noise", 1.0, 0) - (1 - MOST_NOISE) * garments[:500]
+    assert (added - noise).abs().max() <= 1, "but for rounding"
+    values = noise / (255 * MOST_NOISE)
     assert abs(values.mean() - 0.5) < 0.01
     assert abs(values.std() - math.sqrt(1 / 12)) < 0.01
     neighbours = torch.corrcoef(torch.stack([values[..., :-1].flatten(), values[..., 1:].flatten()]))[0, 1]
@@ -96,7 +97,8 @@ def test_noise_is_drawn_without_a_look_at_the_image(garments: Tensor) -> None:
 
 def test_nothing_but_chance_can_be_read_from_noise(garments: Tensor) -> None:
     labels = FashionMNIST().labels
-    noise = corrupt(garments[:3000], torch.arange(3000), "noise", 1.0, 0).flatten(1).float().numpy()
+    nothing = torch.zeros_like(garments[:3000])
+    noise = corrupt(nothing, torch.arange(3000), "noise", 1.0, 0).flatten(1).float().numpy()
     found = judge(noise[:2000], labels[:2000].numpy(), noise[2000:], labels[2000:3000].numpy(), 0)
     for accuracy in found.values():
         assert accuracy is not None
@@ -358,7 +360,7 @@ def test_the_whole_benchmark_runs_resumes_and_reports(
     folder = tmp_path / "cpu" / "accuracy"
     runs = sorted(path.stem for path in (folder / "runs").glob("*.json"))
     assert len(runs) == 2 * len(plan.LEARNERS)
-    assert {"jepa_clean_seed3", "mae_noise-0.75_seed3"} <= set(runs)
+    assert {"jepa_clean_seed3", "mae_noise-1_seed3"} <= set(runs)
     content = json.loads((folder / "accuracy.json").read_text())
     assert len(content["rows"]) == 2 * len(plan.LEARNERS)
     assert all(0 < row["linear_top1"]["mean"] <= 1 for row in content["rows"])
