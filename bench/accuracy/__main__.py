@@ -3,6 +3,7 @@
     python -m bench.accuracy                     # everything, as long as it takes
     python -m bench.accuracy --limit-s 100       # no new runs after so long; the same command goes on later
     python -m bench.accuracy --report            # the page and the figures from what there is
+    python -m bench.accuracy --report FOLDER     # of a folder from another machine
 
 The same encoder, images and seconds of training for both objectives. It goes through clean images first, then
 strength by strength through the kinds of detail, and keeps each result as soon as it is there.
@@ -56,7 +57,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no new runs after so long")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="only write the page from what there is")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FOLDER",
+        help="only write the page of what is there",
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps, images and runs: does it work?")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -79,12 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     on_cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    # On CUDA: bf16 would add a kernel for each cast, and launches are what small models wait for.
-    torch.set_float32_matmul_precision("high")
+    if on_cuda:  # bf16 would add a kernel for each cast, and launches are what small models wait for
+        torch.set_float32_matmul_precision("high")
     facts = machine.facts(device)
     facts["precision"] = "fp32, matrices in TF32" if on_cuda else "fp32"
     store = Store(options.results / table_name(facts["device"]).removesuffix(".json") / "accuracy")
-    if not options.report:
+    if options.report is not None:
+        store = Store(options.report) if options.report.name else store
+    else:
         try:
             configs = {name: load_config(getattr(options, name), options.set) for name in TRAINED}
             seconds = options.seconds or (None if options.steps else 5.0 if on_cuda else 120.0)

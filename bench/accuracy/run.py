@@ -214,11 +214,12 @@ class Experiment:
             taken[task.learner] += 1
             config = self._config(task.learner, task.seed)
             seen, queries = self._images(task)
+            bank = seen[self.images.bank]  # made before the lane waits for all that is queued
             draws = self.draws[task.learner, task.seed]
             lane.start(config, seen, draws, rates(config, len(seen)))
             one = Open(task)
             self.open.append(one)
-            running[id(lane)] = one, lane, seen[self.images.bank], queries
+            running[id(lane)] = one, lane, bank, queries
 
         def after_round(part: int, lane: Lane) -> None:
             one, _, bank, queries = running[id(lane)]

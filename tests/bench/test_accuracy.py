@@ -384,7 +384,11 @@ def test_the_whole_benchmark_runs_resumes_and_reports(
         if "mae" in path.stem:
             path.unlink()
     assert main(["--report", "--device", "cpu", "--results", str(tmp_path)]) == 0
-    assert "untrained encoder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "untrained encoder" in said
+    assert "MAE" not in said
+    assert main(["--report", str(folder)]) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_cuda_is_not_made_up(capsys: pytest.CaptureFixture[str]) -> None:
