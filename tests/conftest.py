@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -18,6 +19,10 @@ import yaml
 # are defined: before any test imports fastjepa_kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("fastjepa", deadline=None)
+hypothesis.settings.load_profile("fastjepa")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "fastjepa" / "train.py"

@@ -78,7 +78,6 @@ def build_model(config: Config) -> JEPA | MAE:
     scheme = published if config.model.init == "published" else config.model.init
     initialise(encoder, scheme, generator)
     initialise(head, scheme, generator)
-    encoder.checkpoint_blocks = head.checkpoint_blocks = config.speed.checkpoint_blocks
     if isinstance(head, Predictor):
         return JEPA(encoder, head)
     return MAE(encoder, head, config.masks.mask_ratio, config.objective.norm_pix_loss)

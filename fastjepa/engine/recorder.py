@@ -65,12 +65,13 @@ class Recorder:
         """What the last step shows, and begin a new interval."""
         assert self._last is not None, "read after at least one step"
         step, masks = self._last
-        tokens = step.hidden.flatten(0, 1)[:RANK_TOKENS]  # [B N, D]
+        features = step.features()  # [B, n, D]
+        tokens = features.flatten(0, 1)[:RANK_TOKENS]  # [B n, D]
         predicted = step.prediction.flatten(0, -2)  # [M B P, D]
         measures = torch.stack(
             [
-                token_std(step.hidden).double(),
-                between_image_std(step.hidden).double(),
+                token_std(features).double(),
+                between_image_std(features).double(),
                 rankme(tokens).double(),
                 prediction_std(step.prediction).double(),
                 rankme(predicted[:RANK_TOKENS]).double(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastjepa.masks.blocks import BlockShape, Range, block_shape, smallest_area
 from fastjepa.masks.counter import Stream, below, random_words
 from fastjepa.masks.random_masks import choose
+from fastjepa.masks.rows import asked_rows
 from fastjepa.masks.types import Masks
 from fastjepa_kernels import choice
 from fastjepa_kernels.choice import Way, Ways
@@ -177,7 +178,7 @@ class MultiBlockMasks:
         return target, context
 
     def sample(self, image_index: Tensor, epoch: int = 0, step: int = 0) -> Masks:
-        """Masks for the images at `image_index` [B], on its device.
+        """Masks for the images at `image_index` [B], on its device; with `asked_rows` if that is the CPU.
 
         Args:
             image_index: int64 [B], the images' numbers in their data set.
@@ -189,7 +190,11 @@ class MultiBlockMasks:
         """
         if image_index.ndim != 1 or image_index.numel() == 0:
             raise ValueError(f"image_index must be [B] with B > 0, got {list(image_index.shape)}")
-        return self._sample(image_index, epoch, self.block_shapes(step))
+        masks = self._sample(image_index, epoch, self.block_shapes(step))
+        if masks.targets.device.type != "cpu":  # to count there would be to wait
+            return masks
+        rows, places = asked_rows(masks.targets, self.grid[0] * self.grid[1], fixed=self.mode == "budget")
+        return replace(masks, asked_rows=rows, asked_places=places)
 
     def _sample(self, image_index: Tensor, epoch: int, shapes: tuple[BlockShape, BlockShape]) -> Masks:
         return _WAYS(choice.preference(), image_index.device, self, image_index, epoch, shapes)

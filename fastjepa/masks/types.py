@@ -16,11 +16,16 @@ class Masks:
         context: int64 [B, K]; packed: [T], image b's at cu_seqlens[b] to cu_seqlens[b + 1].
         targets: int64 [M, B, P].
         cu_seqlens: int32 [B + 1] if packed, else None.
+        asked_rows: int64 [R], the rows of the stream of all images' patches that targets name; None if nobody
+            looked for them.
+        asked_places: int64 [M, B, P], where each target token is among asked_rows.
     """
 
     context: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None = None
+    asked_rows: Tensor | None = None
+    asked_places: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Masks":
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -29,8 +34,16 @@ class Masks:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Masks":
-        cu_seqlens = None if self.cu_seqlens is None else change(self.cu_seqlens)
-        return Masks(change(self.context), change(self.targets), cu_seqlens)
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Masks(
+            change(self.context),
+            change(self.targets),
+            changed(self.cu_seqlens),
+            changed(self.asked_rows),
+            changed(self.asked_places),
+        )
 
 
 class MaskSampler(Protocol):

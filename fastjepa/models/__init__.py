@@ -5,6 +5,7 @@ from fastjepa.models.mae_decoder import MAEDecoder
 from fastjepa.models.predictor import Predictor
 from fastjepa.models.sequences import Sequences, equal_sequences
 from fastjepa.models.sizes import HEADS_OF_WIDTH, SIZES, NamedSize
+from fastjepa.models.stack import Stack
 from fastjepa.models.vit import VisionTransformer, ViTShape
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NamedSize",
     "Predictor",
     "Sequences",
+    "Stack",
     "ViTShape",
     "VisionTransformer",
     "equal_sequences",

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from fastjepa.models.block import NORM_EPS, Block
+from fastjepa.models.block import NORM_EPS
 from fastjepa.models.positions import sincos_2d
 from fastjepa.models.sequences import equal_sequences
-from fastjepa.models.vit import ViTShape, run_blocks
+from fastjepa.models.stack import Stack
+from fastjepa.models.vit import ViTShape
 
 
 class MAEDecoder(nn.Module):
@@ -21,11 +22,10 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, shape: ViTShape, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.checkpoint_blocks = False
         self.decoder_embed = nn.Linear(shape.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("decoder_pos_embed", sincos_2d(shape.grid, width, class_token=True))
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.decoder_blocks = Stack(depth, width, heads)
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(width, shape.channels * shape.patch_size**2)
 
@@ -48,6 +48,6 @@ class MAEDecoder(nn.Module):
             tokens.dtype
         )  # [B, 1 + N, d]
         sequences = equal_sequences(batch, patches + 1, x.device)
-        x = run_blocks(self.decoder_blocks, x.flatten(0, 1), sequences, self.checkpoint_blocks)
-        x = x.view(batch, patches + 1, width)[:, 1:]
-        return self.decoder_pred(self.decoder_norm(x))
+        x, delta = self.decoder_blocks.run(x.flatten(0, 1), sequences)
+        x = self.decoder_blocks.finish(self.decoder_norm, x, delta)
+        return self.decoder_pred(x.view(batch, patches + 1, width)[:, 1:])

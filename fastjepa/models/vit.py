@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fastjepa_kernels as fk
-from fastjepa.models.block import NORM_EPS, Block
+from fastjepa.models.block import NORM_EPS
 from fastjepa.models.positions import sincos_2d
 from fastjepa.models.sequences import Sequences, equal_sequences
+from fastjepa.models.stack import Stack
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -81,14 +81,11 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"{name} has {len(values)} values for {shape.channels} channels")
         self.shape = shape
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
-        self.checkpoint_blocks = False
         self.patch_embed = PatchEmbed(shape.channels, shape.width, shape.patch_size)
         self.register_buffer("pos_embed", sincos_2d(shape.grid, shape.width, shape.class_token))
         if shape.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
-        self.blocks = nn.ModuleList(
-            Block(shape.width, shape.heads, shape.mlp_ratio) for _ in range(shape.depth)
-        )
+        self.blocks = Stack(shape.depth, shape.width, shape.heads, shape.mlp_ratio)
         self.norm = nn.LayerNorm(shape.width, eps=NORM_EPS)
 
     def patches(
@@ -150,25 +147,24 @@ class VisionTransformer(nn.Module):
         index: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         final_norm: bool = True,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Encode the patches at `index`; arguments as in `embed`.
 
+        Args:
+            final_norm: normalise the result.
+            rows: int64 [R], of the stream of all tokens the rows that are wanted; the last block computes
+                no others. Each once where a gradient is wanted.
+
         Returns:
-            [B, K, D] (a class token comes first), or [T, D] if packed; before the final norm
-            unless `final_norm`.
+            [B, K, D] (a class token comes first), or [T, D] if packed, or [R, D] with `rows`.
         """
         x, sequences = self.embed(images, index, cu_seqlens)
-        x = run_blocks(self.blocks, x, sequences, self.checkpoint_blocks)
+        x, delta = self.blocks.run(x, sequences, rows)
         if final_norm:
-            x = self.norm(x)
-        return x if cu_seqlens is not None else x.view(sequences.count, sequences.max_seqlen, x.shape[1])
-
-
-def run_blocks(blocks: nn.ModuleList, x: Tensor, sequences: Sequences, recompute: bool) -> Tensor:
-    """[T, D] through the blocks; with `recompute`, backward computes each block's insides again."""
-    for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, sequences, use_reentrant=False)
-        else:
-            x = block(x, sequences)
-    return x
+            x = self.blocks.finish(self.norm, x, delta)
+        elif delta is not None:
+            x = x + delta
+        if rows is not None or cu_seqlens is not None:
+            return x
+        return x.view(sequences.count, sequences.max_seqlen, x.shape[1])

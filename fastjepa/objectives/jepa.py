@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import fastjepa_kernels as fk
 from fastjepa.masks import Masks
 from fastjepa.models import Predictor, VisionTransformer
+from fastjepa.models.fp8 import Fp8Encoder
 from fastjepa.objectives.step import Step
 
 
@@ -36,6 +38,12 @@ class JEPA(nn.Module):
         encoder: becomes the context encoder.
         predictor: its predictor.
         target_encoder: a copy of `encoder` by default.
+
+    Attributes:
+        skip_dead_work: let the target encoder's last block go on with the tokens that masks ask for alone.
+        fp8: the target encoder with its GEMMs in fp8; None to run it as it is. To be refreshed whenever the
+            target encoder has changed.
+        target_stream: the stream of a GPU on which the target encoder runs beside the student; None for none.
     """
 
     def __init__(
@@ -49,6 +57,9 @@ class JEPA(nn.Module):
         self.predictor = predictor
         self.target_encoder = copy.deepcopy(encoder) if target_encoder is None else target_encoder
         self.target_encoder.requires_grad_(False)
+        self.skip_dead_work = True
+        self.fp8: Fp8Encoder | None = None
+        self.target_stream: torch.cuda.Stream | None = None
         # Optimizer, epoch and so on, of a published file that the model was loaded from.
         self.published_extras: dict[str, Any] | None = None
 
@@ -80,16 +91,50 @@ class JEPA(nn.Module):
 
     def step(self, network: Callable[..., Tensor], images: Tensor, masks: Masks) -> Step:
         """One forward pass, with the student run through `network` (the engine around `trainable()`)."""
-        hidden = self.target_hidden(images)  # [B, N, D]
+        with self._beside(images):
+            hidden, places = self.target_hidden(images, masks)
         prediction = network(images, masks.context, masks.targets, masks.cu_seqlens)  # [M, B, P, D]
-        norm = self.target_encoder.norm
-        loss = fk.jepa_loss(prediction, hidden, masks.targets, norm.weight, norm.bias, norm.eps)
-        return Step(loss, hidden, prediction.detach())
+        self._join(hidden)
+        norm, width = self.target_encoder.norm, hidden.shape[-1]
+        # Each target token is a row of one long image.
+        rows, asked = hidden.view(1, -1, width), places.view(1, 1, -1)
+        said = prediction.reshape(1, 1, -1, width)
+        loss = fk.jepa_loss(said, rows, asked, norm.weight, norm.bias, norm.eps)
+        return Step(loss, hidden, places, prediction.detach())
 
     @torch.no_grad()
-    def target_hidden(self, images: Tensor) -> Tensor:
-        """[B, N, D] of all patches, before the target encoder's final norm."""
-        return self.target_encoder(images, final_norm=False)
+    def target_hidden(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """The target encoder's tokens before its final norm, and which are predicted.
+
+        Returns:
+            hidden [R, D], of all B * N tokens or of those that the masks ask for, and int64 [M, B, P], the
+            rows of the target tokens in it.
+        """
+        rows = masks.asked_rows if self.skip_dead_work else None
+        if self.fp8 is not None:
+            hidden = self.fp8.hidden(images, rows)
+        else:
+            hidden = self.target_encoder(images, final_norm=False, rows=rows)
+        if rows is not None:
+            assert masks.asked_places is not None, "asked_rows and asked_places come together"
+            return hidden, masks.asked_places
+        batch, patches, _ = hidden.shape
+        first = torch.arange(batch, device=hidden.device)[:, None] * patches
+        return hidden.flatten(0, 1), first + masks.targets
+
+    def _beside(self, images: Tensor) -> AbstractContextManager[Any]:
+        """Where the target encoder runs: on its own stream, after what is on the present one, or there."""
+        if self.target_stream is None:
+            return nullcontext()
+        self.target_stream.wait_stream(torch.cuda.current_stream())
+        images.record_stream(self.target_stream)
+        return torch.cuda.stream(self.target_stream)
+
+    def _join(self, hidden: Tensor) -> None:
+        if self.target_stream is not None:
+            present = torch.cuda.current_stream()
+            present.wait_stream(self.target_stream)
+            hidden.record_stream(present)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:

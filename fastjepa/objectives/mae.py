@@ -96,4 +96,7 @@ class MAE(nn.Module):
     def step(self, network: Callable[..., tuple[Tensor, ...]], images: Tensor, masks: Masks) -> Step:
         """One forward pass, with this module run through `network` (the engine around `trainable()`)."""
         loss, prediction, hidden = network(images, masks.context, masks.targets[0], self.norm_pix_loss)
-        return Step(loss, hidden.detach()[:, 1:], prediction.detach())
+        batch, tokens, _ = hidden.shape
+        # Of each image every token but its class token.
+        places = torch.arange(batch * tokens, device=hidden.device).view(batch, tokens)[:, 1:]
+        return Step(loss, hidden.detach().flatten(0, 1), places, prediction.detach())

@@ -247,11 +247,10 @@ def packed_attention(
     )
     require(max_seqlen >= 0, lambda: f"max_seqlen must be 0 or more, got {max_seqlen}")
     require_cu_seqlens(cu_seqlens)
+    tokens, sequences = qkv.shape[0], cu_seqlens.numel() - 1
     require(
-        not equal or qkv.shape[0] == (cu_seqlens.numel() - 1) * max_seqlen,
-        lambda: (
-            f"{cu_seqlens.numel() - 1} sequences of equal length {max_seqlen} do not fill {qkv.shape[0]} tokens"
-        ),
+        not equal or tokens == sequences * max_seqlen,
+        lambda: f"{sequences} sequences of equal length {max_seqlen} do not fill {tokens} tokens",
     )
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, _ = torch.ops.fastjepa.packed_attention(

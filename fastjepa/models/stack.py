@@ -1,0 +1,94 @@
+"""Blocks one after another, and how they are run."""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastjepa.models.block import Block, add_norm
+from fastjepa.models.sequences import Sequences
+
+
+class Stack(nn.ModuleList):
+    """Transformer blocks in a row; in a state dict it is the list that it is.
+
+    Args:
+        width, heads, mlp_ratio: of each block.
+        depth: how many.
+
+    Attributes:
+        recompute: backward computes each block's insides again, to save memory.
+        is_fused: see `Block`.
+    """
+
+    def __init__(self, depth: int, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.recompute = False
+
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self))
+
+    @property
+    def is_fused(self) -> bool:
+        return all(block.is_fused for block in self.blocks())
+
+    @is_fused.setter
+    def is_fused(self, value: bool) -> None:
+        for block in self.blocks():
+            block.is_fused = value
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Have each part of each block compiled, as one graph for any number of tokens.
+
+        One compiled part serves the blocks of a stack, whose shapes are alike: there are a few compilations
+        for each stack, in training and in evaluation, whatever lengths the masks have.
+        """
+        self.is_fused = False
+        for block in self.blocks():
+            for part in ("begin", "finish"):
+                compiled = torch.compile(getattr(block, part), fullgraph=True, dynamic=True, **options)
+                setattr(block, part, compiled)
+
+    def run(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        rows: Tensor | None = None,
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A stream through the blocks.
+
+        Args:
+            x: [T, D].
+            sequences: how it is cut.
+            rows: int64 [R], distinct rows that alone are wanted: the last block goes on with them after its
+                attention. None for all.
+            first: what `begin` of the first block gave already for these tokens; `x` is not read then.
+
+        Returns:
+            y and what is to be added to it (None without a block): [T, D], or [R, D] with `rows`.
+        """
+        delta: Tensor | None = None
+        again = self.recompute and torch.is_grad_enabled()
+        for number, block in enumerate(self.blocks()):
+            begun = first if number == 0 else None
+            step = partial(_run_block, block, sequences, rows if number == len(self) - 1 else None, begun)
+            x, delta = checkpoint(step, x, delta, use_reentrant=False) if again else step(x, delta)
+        return x, delta
+
+    def finish(self, norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> Tensor:
+        """norm(x + delta), of what `run` returned."""
+        return add_norm(norm, x, delta, self.is_fused)
+
+
+def _run_block(
+    block: Block,
+    sequences: Sequences,
+    rows: Tensor | None,
+    begun: tuple[Tensor, Tensor] | None,
+    x: Tensor,
+    delta: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return block.finish(*(block.begin(x, delta) if begun is None else begun), sequences, rows)

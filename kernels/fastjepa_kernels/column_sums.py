@@ -1,0 +1,153 @@
+"""Sums over the rows of a [T, K] matrix, in fp32 and in one order: the gradients of biases.
+
+A program adds up every so many rows of a block of columns, and leaves its part for a second kernel to add.
+No atomics, so the same bits every time. `gelu_backward_` takes such sums of what it writes on the way.
+
+Bytes that must move: x once; for `gelu_backward_` the gradient and x in, the gradient out.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastjepa_kernels import choice
+from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.language import tl, triton
+
+_ROWS, _COLUMNS = 16, 256
+_TERMS = 8  # loads of one column in flight in the second kernel
+
+# --------------------------------------------------------------------------------------- reference
+
+
+def _reference(x: Tensor) -> Tensor:
+    return x.sum(dim=0)
+
+
+def _gelu_reference(grad: Tensor, x: Tensor) -> Tensor:
+    grad.copy_(torch.ops.aten.gelu_backward(grad, x))
+    return grad.sum(dim=0)
+
+
+# ------------------------------------------------------------------------------------------ Triton
+
+
+@triton.jit
+def _parts_kernel(
+    grad,  # [T, K]; overwritten with GELU
+    x,  # [T, K] or None
+    parts,  # fp32 [programs, K]
+    rows,
+    columns,
+    programs,
+    row_stride,
+    x_stride,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    within = (column < columns)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(tl.program_id(1) * ROWS, rows, programs * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < rows) & within
+        at = grad + (row * row_stride + column[None, :])
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if GELU:
+            u = tl.load(x + (row * x_stride + column[None, :]), mask=inside, other=0.0).to(tl.float32)
+            # d/du of u * cdf(u) is cdf(u) + u * pdf(u), of the normal distribution.
+            cdf = 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476))
+            pdf = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+            value = (value * (cdf + u * pdf)).to(grad.dtype.element_ty)
+            tl.store(at, value, mask=inside)
+            value = value.to(tl.float32)
+        total += value
+    to = parts + tl.program_id(1).to(tl.int64) * columns + column
+    tl.store(to, tl.sum(total, axis=0), mask=column < columns)
+
+
+@triton.jit
+def add_parts_kernel(
+    parts,  # fp32 [programs, K]
+    out,  # [K]
+    programs,
+    columns,
+    TERMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([TERMS, COLUMNS], tl.float32)
+    for first in range(0, programs, TERMS):
+        term = first + tl.arange(0, TERMS)[:, None]
+        inside = (term < programs) & (column < columns)[None, :]
+        total += tl.load(parts + (term * columns + column[None, :]), mask=inside, other=0.0)
+    tl.store(out + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < columns)
+
+
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension of fp32 [programs, ...], in order."""
+    programs, columns = parts.shape[0], parts[0].numel()
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    add_parts_kernel[(triton.cdiv(columns, 64),)](
+        parts, out, programs, columns, TERMS=_TERMS, COLUMNS=64, num_warps=4
+    )
+    return out
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; as many as a Hopper has where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _launch(grad: Tensor, x: Tensor | None) -> Tensor:
+    rows, columns = grad.shape
+    if rows == 0:
+        return grad.new_zeros(columns)
+    blocks = triton.cdiv(columns, _COLUMNS)
+    programs = max(1, min(triton.cdiv(rows, _ROWS), 4 * multiprocessors(grad.device) // blocks))
+    parts = grad.new_empty(programs, columns, dtype=torch.float32)
+    _parts_kernel[(blocks, programs)](
+        grad,
+        x,
+        parts,
+        rows,
+        columns,
+        programs,
+        grad.stride(0),
+        0 if x is None else x.stride(0),
+        GELU=x is not None,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=8,
+    )
+    return add_parts(parts, grad.dtype)
+
+
+def _takes(grad: Tensor, *_rest: Tensor) -> bool:
+    return grad.dtype != torch.float64 and grad.stride(-1) == 1
+
+
+_WAYS = Ways("column_sums", Way("triton", lambda x: _launch(x, None), takes=_takes), Way("torch", _reference))
+_GELU_WAYS = Ways(
+    "gelu_backward_",
+    Way("triton", _launch, takes=lambda grad, x: _takes(grad) and _takes(x)),
+    Way("torch", _gelu_reference),
+)
+
+# ---------------------------------------------------------------------------- for the other kernels
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """[K], in the dtype of x [T, K]; added up in fp32 on a GPU."""
+    return _WAYS(choice.preference(), x.device, x)
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """Turn `grad` [T, K], of gelu(x), into that of x [T, K] in place, and return its column sums [K].
+
+    The exact GELU, x * cdf(x), of arXiv:1606.08415.
+    """
+    return _GELU_WAYS(choice.preference(), grad.device, grad, x)

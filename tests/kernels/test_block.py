@@ -1,0 +1,116 @@
+"""The block's hand-written passes against autograd over separate operations."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastjepa_kernels as fk
+from fastjepa_kernels.block import Cut, Linear, Norm, add_norm, add_norm_linear, attend_and_feed
+
+WIDTH, HEADS, HIDDEN, TOKENS = 48, 2, 96, 17
+EPS = 1e-6
+LENGTHS = [5, 0, 9, 3]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def use(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fk.use(request.param):
+        yield request.param
+
+
+class Weights:
+    def __init__(self, dtype: torch.dtype) -> None:
+        def some(*shape: int) -> Tensor:
+            return (0.3 * torch.randn(shape)).to(dtype).requires_grad_()
+
+        self.norm1, self.norm2 = (Norm(some(WIDTH), some(WIDTH), EPS) for _ in range(2))
+        self.qkv = Linear(some(3 * WIDTH, WIDTH), some(3 * WIDTH))
+        self.proj = Linear(some(WIDTH, WIDTH), some(WIDTH))
+        self.fc1 = Linear(some(HIDDEN, WIDTH), some(HIDDEN))
+        self.fc2 = Linear(some(WIDTH, HIDDEN), some(WIDTH))
+        self.x, self.delta = some(TOKENS, WIDTH), some(TOKENS, WIDTH)
+
+    def leaves(self) -> list[Tensor]:
+        layers = (self.norm1[:2], self.norm2[:2], self.qkv, self.proj, self.fc1, self.fc2)
+        return [self.x, self.delta, *(tensor for layer in layers for tensor in layer)]
+
+
+def cut() -> Cut:
+    starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    return Cut(starts, max(LENGTHS))
+
+
+def by_hand(w: Weights, rows: Tensor | None, has_delta: bool) -> Tensor:
+    total, qkv = add_norm_linear(w.x, w.delta if has_delta else None, w.norm1, w.qkv)
+    y, added = attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2, rows)
+    return add_norm(y, added, w.norm1)
+
+
+def by_autograd(w: Weights, rows: Tensor | None, has_delta: bool) -> Tensor:
+    def norm(x: Tensor, by: Norm) -> Tensor:
+        return F.layer_norm(x, (WIDTH,), *by)
+
+    total = w.x + w.delta if has_delta else w.x
+    parts = F.linear(norm(total, w.norm1), *w.qkv).view(TOKENS, 3, HEADS, -1)
+    out = fk.packed_attention(parts, cut().cu_seqlens, cut().max_seqlen).flatten(1)
+    rows = torch.arange(TOKENS) if rows is None else rows
+    y = total[rows] + F.linear(out[rows], *w.proj)
+    return norm(y + F.linear(F.gelu(F.linear(norm(y, w.norm2), *w.fc1)), *w.fc2), w.norm1)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([16, 0, 3, 9])])
+@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.usefixtures("use")
+def test_output_and_every_gradient(
+    rows: Tensor | None, has_delta: bool, dtype: torch.dtype, bound: float
+) -> None:
+    w = Weights(dtype)
+    leaves = [leaf for leaf in w.leaves() if has_delta or leaf is not w.delta]
+    out, expected = by_hand(w, rows, has_delta), by_autograd(w, rows, has_delta)
+    torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
+    upstream = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(result, leaves, upstream) for result in (out, expected))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= 10 * bound * other.norm()
+
+
+def test_outputs_whose_gradients_differ() -> None:
+    w = Weights(torch.float64)
+    total, qkv = add_norm_linear(w.x, w.delta, w.norm1, w.qkv)
+    y, added = attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2)
+    (dbias,) = torch.autograd.grad((2 * y + 3 * added).sum(), w.fc2.bias)
+    torch.testing.assert_close(dbias, torch.full_like(dbias, 3.0 * TOKENS))
+
+
+def test_the_caller_s_gradient_is_left_alone() -> None:
+    w = Weights(torch.float32)
+    out = by_hand(w, None, has_delta=True)
+    upstream = torch.randn_like(out)
+    before = upstream.clone()
+    first = torch.autograd.grad(out, w.leaves(), upstream, retain_graph=True)
+    again = torch.autograd.grad(out, w.leaves(), upstream)
+    assert torch.equal(upstream, before)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_flops_are_those_of_separate_operations() -> None:
+    counts = []
+    for run in (by_hand, by_autograd):
+        w = Weights(torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            run(w, None, True).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_second_derivative_is_refused() -> None:
+    w = Weights(torch.float64)
+    (dx,) = torch.autograd.grad(by_hand(w, None, True).square().sum(), w.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

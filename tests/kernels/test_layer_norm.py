@@ -1,0 +1,73 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastjepa_kernels as fk
+from fastjepa_kernels.layer_norm import add_layer_norm, add_layer_norm_backward
+
+IMPLEMENTATIONS = fk.implementations("add_layer_norm", "cpu")
+EPS = 1e-6
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def use(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fk.use(request.param, strict=True):
+        yield request.param
+
+
+def some(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (7, 24), (5, 48), (3, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.usefixtures("use")
+def test_both_passes_against_autograd_in_float64(
+    rows: int, width: int, dtype: torch.dtype, has_delta: bool
+) -> None:
+    x, weight, bias = some(rows, width, dtype=dtype), some(width, dtype=dtype), some(width, dtype=dtype)
+    delta = some(rows, width, dtype=dtype) if has_delta else None
+    grad, through = some(rows, width, dtype=dtype), some(rows, width, dtype=dtype)
+    total, normed, mean, rstd = add_layer_norm(x, delta, weight, bias, EPS)
+    assert (total is x) == (delta is None)
+    if delta is not None:
+        torch.testing.assert_close(total, x + delta)
+
+    wide = [tensor.double().requires_grad_() for tensor in (total, weight, bias)]
+    exact = F.layer_norm(wide[0], (width,), wide[1], wide[2], EPS)
+    bound = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(normed.double(), exact, rtol=bound, atol=bound)
+    dx, dweight, dbias = torch.autograd.grad(exact, wide, grad.double())
+    found, sums = add_layer_norm_backward(grad, through, total, weight, mean, rstd)
+    torch.testing.assert_close(found.double(), dx + through.double(), rtol=bound, atol=bound)
+    expected = torch.stack([dweight, dbias, through.double().sum(0), found.double().sum(0)])
+    torch.testing.assert_close(sums.double(), expected, rtol=bound, atol=bound * rows)
+
+
+@pytest.mark.usefixtures("use")
+def test_without_another_gradient_of_the_sum() -> None:
+    x, weight, bias = torch.randn(4, 16), torch.randn(16), torch.randn(16)
+    total, _, mean, rstd = add_layer_norm(x, None, weight, bias, EPS)
+    grad = torch.randn(4, 16)
+    alone = add_layer_norm_backward(grad, None, total, weight, mean, rstd)
+    with_zeros = add_layer_norm_backward(grad, torch.zeros(4, 16), total, weight, mean, rstd)
+    assert all(torch.equal(one, other) for one, other in zip(alone, with_zeros, strict=True))
+
+
+@pytest.mark.usefixtures("use")
+def test_rows_need_not_be_dense() -> None:
+    x, weight, bias = torch.randn(4, 2, 16)[:, 1], torch.randn(16), torch.randn(16)
+    _, normed, _, _ = add_layer_norm(x, x, weight, bias, EPS)
+    torch.testing.assert_close(normed, F.layer_norm(2 * x, (16,), weight, bias, EPS))
+
+
+@pytest.mark.usefixtures("use")
+def test_a_large_mean_costs_no_precision() -> None:
+    x = torch.randn(3, 64) + 1000
+    _, normed, _, _ = add_layer_norm(x, None, torch.ones(64), torch.zeros(64), EPS)
+    exact = F.layer_norm(x.double(), (64,), eps=EPS)
+    torch.testing.assert_close(normed.double(), exact, rtol=1e-4, atol=1e-3)
