@@ -350,3 +350,34 @@ def _check(config: Config) -> None:
             raise ConfigError(f"deepspeed.{key} is set through {ours} here")
     if data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")
+    _check_graphs(config)
+
+
+def _check_graphs(config: Config) -> None:
+    """A CUDA graph repeats the same work on the same memory."""
+    speed, kind = config.speed, config.speed.cuda_graph
+    if kind == "none":
+        return
+    if config.objective.name == "jepa" and config.masks.mode != "budget":
+        raise ConfigError(
+            f"speed.cuda_graph {kind} needs masks.mode budget, whose shapes never change, got "
+            f"{config.masks.mode}: use that mode, or speed.cuda_graph none"
+        )
+    if config.objective.name != "jepa" and kind == "parts":
+        raise ConfigError("speed.cuda_graph parts is for objective.name jepa: use step or none")
+    if speed.checkpoint_blocks:
+        raise ConfigError(
+            f"speed.cuda_graph {kind} cannot capture speed.checkpoint_blocks: use one of the two"
+        )
+    if speed.device == "cpu":
+        raise ConfigError(f"speed.cuda_graph {kind} needs a GPU, and speed.device is cpu: use none")
+    if kind == "step" and speed.zero_stage != 0:
+        raise ConfigError(
+            f"speed.cuda_graph step needs speed.zero_stage 0 on one device, got stage {speed.zero_stage}: "
+            "use that stage, or parts"
+        )
+    if kind == "step" and speed.accumulation > 1:
+        raise ConfigError(
+            f"speed.cuda_graph step captures one micro-batch, got speed.accumulation {speed.accumulation}: "
+            "use 1, or parts"
+        )

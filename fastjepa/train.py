@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from itertools import islice
 
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
@@ -22,8 +21,9 @@ from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
-from fastjepa.engine.launch import deepspeed_config, join_world, leave_world
+from fastjepa.engine.launch import check_speed, deepspeed_config, join_world, leave_world, preferred_kernels
 from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.run import Run
 from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest
 from fastjepa.interop import load_initial_weights
@@ -70,6 +70,7 @@ def pretrain(config: Config) -> int:
     images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
     order = build_order(config, len(images.train))
     schedule = build_schedule(config, order.steps_per_epoch)
+    check_speed(config, world)
     deepspeed_config(config, world.size)
     model, folder = build_model(config), folder_of(config)
     if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
@@ -77,7 +78,7 @@ def pretrain(config: Config) -> int:
     _lock = world.on_main(lambda: folder.open(config))  # held until the process ends
     stop = StopRequest()
 
-    with RunConsole(world.is_main, title=config.run.name) as console:
+    with RunConsole(world.is_main, title=config.run.name) as console, preferred_kernels(config):
         run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
         run.judge_baselines(model)
         learner = start_learner(model, config, world)
@@ -119,16 +120,17 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     run.clock.lap()
     call: int = Call.GO_ON
     failure: Exception | None = None
+    steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
     with closing(batches):
         for step in range(run.position.step, run.schedule.steps):
             with run.clock.waiting():
-                micro_batches, failure = fetch(batches, config.speed.accumulation)
+                micro_batches, failure = fetch(steps)
             call = world.worst(stop.call if failure is None else Call.GIVE_UP)
             if call != Call.GO_ON:
                 break
 
             rates = run.schedule.at(step)
-            loss, last = learner.step((batch.to(world.device) for batch in micro_batches), rates)
+            loss, last = learner.step(micro_batches, rates)
             run.advance(learner, loss, last, micro_batches)
 
             done = step + 1
@@ -145,10 +147,10 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
         raise failure or PeerFailed("another rank stopped; its message says why")
 
 
-def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], Exception | None]:
+def fetch(steps: Iterator[list[Batch]]) -> tuple[list[Batch], Exception | None]:
     """The micro-batches of a step, or why there are none: the other ranks must hear of it first."""
     try:
-        return list(islice(batches, count)), None
+        return next(steps), None
     except Exception as error:  # whatever it is; raised again once all ranks have saved
         return [], error
 

@@ -53,7 +53,8 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def cases() -> list[Case]:
     """All of them. `make test` compiles the first of each kernel, so the most usual come first."""
-    return [*_gather(), *_patchify(), *_attention(), *_loss(), *_ema(), *_quantize(), *_fused_quantize()]
+    ops = (_gather, _patchify, _attention, _loss, _ema, _adamw, _quantize, _fused_quantize)
+    return [case for op in ops for case in op()]
 
 
 def _gather() -> Iterator[Case]:
@@ -234,6 +235,30 @@ def _ema() -> Iterator[Case]:
         arguments(FP32, FP32, working=BF16, momentum=device, first=1),
         aligned=False,
     )
+
+
+def _adamw() -> Iterator[Case]:
+    def arguments(
+        grad: torch.dtype, *, weight: torch.dtype | None = BF16, average: bool = True, decayed: bool = True,
+        n: int = 302_309_376, first: int = 0,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        def flat(dtype: torch.dtype | None) -> Tensor | None:
+            return None if dtype is None else meta(n + first, dtype=dtype)[first:]
+
+        return (
+            flat(FP32), flat(grad), flat(FP32), flat(FP32), meta(6, dtype=torch.float64),
+            flat(weight), flat(FP32) if average else None, flat(weight) if average else None,
+            0.9, 0.999, 1e-8, decayed,
+        )  # fmt: skip
+
+    op = "adamw_ema_"
+    yield Case(op, "L/16 bf16", arguments(BF16))
+    yield Case(op, "L/16 bf16, not decayed", arguments(BF16, decayed=False))
+    yield Case(op, "L/16 bf16 without an average", arguments(BF16, average=False))
+    yield Case(op, "L/16 bf16, gradients summed in fp32", arguments(FP32))
+    yield Case(op, "L/16 fp32", arguments(FP32, weight=None))
+    yield Case(op, "L/16 bf16 of odd length", arguments(BF16, n=302_309_377))
+    yield Case(op, "bf16 not aligned", arguments(BF16, first=1), aligned=False)
 
 
 def _quantize() -> Iterator[Case]:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -142,8 +143,10 @@ def replace_text(path: Path, text: str) -> None:
 
 def versions() -> Mapping[str, str]:
     """What a result depends on."""
-    import deepspeed
-
     from fastjepa import __version__
 
-    return {"fastjepa": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    found = {"fastjepa": __version__, "torch": torch.__version__}
+    try:
+        return found | {"deepspeed": metadata.version("deepspeed")}
+    except metadata.PackageNotFoundError:  # one device needs none
+        return found

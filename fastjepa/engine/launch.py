@@ -1,4 +1,7 @@
-"""Processes, devices and DeepSpeed: everything between the command line and an engine that can step."""
+"""Processes, devices and engines: everything between the command line and an engine that can step.
+
+DeepSpeed is imported where an engine of its own is started, and nowhere else.
+"""
 
 import importlib
 import io
@@ -6,20 +9,18 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError
+from fastjepa.engine.single import Engine, SingleDevice, ZeroEngine
 from fastjepa.engine.stopping import PeerFailed
 
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def join_world(device: str) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("speed.device is cuda, but torch sees no CUDA device here; use auto or cpu")
     on_cuda = device != "cpu" and torch.cuda.is_available()
-    if "RANK" not in os.environ:  # a bare `python`: DeepSpeed would look for MPI
+    if "RANK" not in os.environ:  # a bare `python`
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             raise ConfigError(
                 "Slurm starts several tasks, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
@@ -91,14 +92,7 @@ def join_world(device: str) -> World:
     where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(where)
-    else:  # DeepSpeed would choose a GPU that it sees
-        set_accelerator(CPU_Accelerator())
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
-    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_cuda else "gloo", timeout=HOST_TIMEOUT, verbose=False
-    )
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=HOST_TIMEOUT)
     hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
     return World(dist.get_rank(), dist.get_world_size(), where, hosts)
 
@@ -152,10 +146,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The generated DeepSpeed configuration, with the file's own `deepspeed` section merged last."""
     bf16 = config.optim.precision == "bf16"
     stage = config.speed.zero_stage
-    if bf16 and stage == 0 and config.speed.accumulation > 1:
+    if bf16 and stage == 0 and config.speed.accumulation > 1 and world_size > 1:
         raise ConfigError(
-            "bf16 with speed.zero_stage 0 would sum the gradients of micro-batches in bf16 and lose bits: "
-            "use speed.zero_stage 1 (it also works on one device), or speed.accumulation 1"
+            "bf16 with speed.zero_stage 0 on several ranks would sum the gradients of micro-batches in bf16 "
+            "and lose bits: use speed.zero_stage 1, or speed.accumulation 1"
         )
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
@@ -180,12 +174,76 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def start_engine(network: nn.Module, config: Config, world: World) -> DeepSpeedEngine:
-    """A DeepSpeed engine around `network` with AdamW; schedules set its rates at every step."""
-    groups = parameter_groups(network.to(world.device), config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
-    )
+def is_single(config: Config, world: World) -> bool:
+    """Whether training needs no DeepSpeed: one device, and nothing to be cut."""
+    return world.size == 1 and config.speed.zero_stage == 0
+
+
+def check_speed(config: Config, world: World) -> None:
+    """Refuse what `speed` asks for and these processes and devices cannot do.
+
+    Raises:
+        ConfigError: saying what can be done instead.
+    """
+    speed = config.speed
+    micro_batch(config, world.size)
+    if speed.cuda_graph != "none" and world.device.type != "cuda":
+        raise ConfigError(
+            f"speed.cuda_graph {speed.cuda_graph} needs a GPU, and this trains on the "
+            f"{world.device.type.upper()}: use none"
+        )
+    if speed.cuda_graph == "step" and not is_single(config, world):
+        raise ConfigError(
+            f"speed.cuda_graph step is for one process at speed.zero_stage 0, this is one of {world.size} at "
+            f"stage {speed.zero_stage}: use parts"
+        )
+    if is_single(config, world) and config.deepspeed:
+        raise ConfigError(
+            "at speed.zero_stage 0 on one device nothing runs under DeepSpeed, and the deepspeed section "
+            f"would do nothing: use speed.zero_stage 1, or leave out {', '.join(config.deepspeed)}"
+        )
+    if speed.kernels != "auto":
+        there = _implementations(world.device)
+        if speed.kernels not in there:
+            raise ConfigError(
+                f"speed.kernels {speed.kernels}: no op has that implementation on {world.device.type} here; "
+                f"there are {', '.join(there)}, and auto for the fastest measured of each op"
+            )
+
+
+def preferred_kernels(config: Config) -> AbstractContextManager[None]:
+    """Within it every op runs as `speed.kernels` says; auto leaves FASTJEPA_KERNELS its say."""
+    kernels = config.speed.kernels
+    return nullcontext() if kernels == "auto" else fk.use(kernels)
+
+
+def _implementations(device: torch.device) -> list[str]:
+    """Those that any op of a training step has on a device."""
+    ops = ("patchify_gather", "gather_tokens", "packed_attention", "jepa_loss", "adamw_ema_", "ema_update_")
+    names = [name for op in ops for name in fk.implementations(op, device)]
+    return [name for name in ("triton", "cuda", "cpp", "torch") if name in names]
+
+
+def start_engine(network: nn.Module, config: Config, world: World) -> Engine:
+    """What steps `network` with AdamW; schedules set its rates at every step.
+
+    Raises:
+        ConfigError: DeepSpeed is needed, and not installed.
+    """
+    optim = config.optim
+    groups = parameter_groups(network.to(world.device), optim.weight_decay)
+    if is_single(config, world):
+        return SingleDevice(
+            network,
+            groups,
+            dtype=torch.bfloat16 if optim.precision == "bf16" else torch.float32,
+            betas=optim.betas,
+            eps=optim.eps,
+            clip=optim.clip_grad,
+            accumulation=config.speed.accumulation,
+        )
+    deepspeed = _start_deepspeed(world)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures past any log level
         engine, *_ = deepspeed.initialize(
             model=network,
@@ -193,4 +251,26 @@ def start_engine(network: nn.Module, config: Config, world: World) -> DeepSpeedE
             config=deepspeed_config(config, world.size),
             dist_init_required=False,
         )
-    return engine
+    return cast(ZeroEngine, engine)
+
+
+def _start_deepspeed(world: World) -> Any:
+    """The package, ready to use the processes of `join_world`."""
+    try:
+        import deepspeed
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    except ImportError as error:
+        raise ConfigError(
+            "DeepSpeed cannot be imported; `pip install fastjepa[train]` brings it, and one device needs "
+            f"none at speed.zero_stage 0 ({error})"
+        ) from error
+    if world.device.type == "cpu":  # it would choose a GPU that it sees
+        set_accelerator(CPU_Accelerator())
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo", timeout=HOST_TIMEOUT, verbose=False
+    )
+    return deepspeed

@@ -1,15 +1,16 @@
-"""The state of learning and its one step: student, optimizer and target encoder under DeepSpeed."""
+"""The state of learning and its one step: student, optimizer and target encoder, under DeepSpeed or alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
-from fastjepa.engine.launch import World, start_engine
+from fastjepa.engine.graphs import GraphedStep, graph_parts
+from fastjepa.engine.launch import World, check_speed, start_engine
 from fastjepa.engine.partitions import (
     MOMENTS,
     Partition,
@@ -20,7 +21,10 @@ from fastjepa.engine.partitions import (
     partitions_of,
 )
 from fastjepa.engine.schedules import Rates
+from fastjepa.engine.single import Engine, SingleDevice, Told, ZeroEngine
+from fastjepa.engine.speed import apply_speed
 from fastjepa.engine.target import ENCODER, ShardedTarget, shard_target
+from fastjepa.masks import Masks
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE, Step
 
@@ -33,49 +37,120 @@ class Learner:
 
     Attributes:
         model: the objective, its weights shared with the engine.
-        engine: DeepSpeed's, around the trainable part of the model.
+        engine: around the trainable part of the model: DeepSpeed's, or a `SingleDevice`.
         partitions: where the fp32 masters are.
         target: the target encoder's shadow; None for MAE.
+        follows_apart: the target encoder is moved after the update, not in the same launch.
+        cuda_graph: what is captured, if anything.
         grad_norm: of the last step, before clipping.
-        updates: optimizer steps that changed the weights; DeepSpeed skips those without finite gradients.
-        skipped_in_a_row: steps since the last of them.
     """
 
     model: JEPA | MAE
-    engine: DeepSpeedEngine
+    engine: Engine
     partitions: list[Partition]
     target: ShardedTarget | None
+    follows_apart: bool = True
+    cuda_graph: Literal["none", "parts", "step"] = "none"
     grad_norm: Tensor | float = 0.0
-    updates: int = 0
-    skipped_in_a_row: int = 0
+    _told: Told = field(default_factory=lambda: Told(0, 0))  # under DeepSpeed, which tells at once
+    _graphed_step: GraphedStep | None = field(default=None, repr=False)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that changed the weights; those without finite gradients are skipped.
+
+        Exact. Where the device keeps the count, this waits for it.
+        """
+        return self.engine.count_updates() if isinstance(self.engine, SingleDevice) else self._told.updates
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps since the last update, as of `lag` steps ago."""
+        told = self.engine.told if isinstance(self.engine, SingleDevice) else self._told
+        return told.skipped_in_a_row
+
+    @property
+    def lag(self) -> int:
+        """Steps whose outcome the host does not know yet."""
+        return self.engine.lag if isinstance(self.engine, SingleDevice) else 0
 
     def step(self, micro_batches: Iterable[Batch], rates: Rates) -> tuple[Tensor, Step]:
-        """One optimizer step over `speed.accumulation` micro-batches: its loss, and what the last gave."""
+        """One optimizer step over `speed.accumulation` micro-batches: its loss, and what the last gave.
+
+        With a CUDA graph, hidden states and predictions are good until the next step.
+        """
+        if isinstance(self.engine, SingleDevice):
+            return self._step_alone(self.engine, list(micro_batches), rates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rates.lr
             group["weight_decay"] = rates.weight_decay if group["decayed"] else 0.0
         losses: list[Tensor] = []
         for batch in micro_batches:
+            self._graph_parts_once(batch.images, batch.masks)
             out = self.model.step(self.engine, batch.images, batch.masks)
             self.engine.backward(out.loss)
-            self._note_gradients()
+            self._note_gradients(self.engine)
             self.engine.step()
             losses.append(out.loss.detach())
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             self.grad_norm = norm
         if self.engine.was_step_applied():
-            self.updates, self.skipped_in_a_row = self.updates + 1, 0
+            self._told = Told(self._told.updates + 1, 0)
             if self.target is not None:
                 self.target.update(rates.momentum)
+                self._refresh_fp8()
         else:  # then the target must stand still too
-            self.skipped_in_a_row += 1
+            self._told = Told(self._told.updates, self._told.skipped_in_a_row + 1)
         return torch.stack(losses).mean(), out
 
-    def _note_gradients(self) -> None:
+    def _step_alone(
+        self, engine: SingleDevice, micro_batches: list[Batch], rates: Rates
+    ) -> tuple[Tensor, Step]:
+        """Without a wait for the device: nothing here asks what it has computed."""
+        engine.set_rates(rates)
+        if self.cuda_graph == "step":
+            if self._graphed_step is None:
+                self._graphed_step = GraphedStep(lambda *inputs: self._on_device(engine, [inputs]))
+            (batch,) = micro_batches
+            result = self._graphed_step(batch.images, batch.masks)
+        else:
+            self._graph_parts_once(micro_batches[0].images, micro_batches[0].masks)
+            result = self._on_device(engine, [(batch.images, batch.masks) for batch in micro_batches])
+        engine.note()
+        self.grad_norm = engine.get_global_grad_norm()
+        return result
+
+    def _on_device(
+        self, engine: SingleDevice, micro_batches: list[tuple[Tensor, Masks]]
+    ) -> tuple[Tensor, Step]:
+        """All that the device does in a step: what a graph can hold."""
+        losses: list[Tensor] = []
+        for images, masks in micro_batches:
+            out = self.model.step(engine, images, masks)
+            engine.backward(out.loss)
+            losses.append(out.loss.detach())
+        engine.step()
+        if self.target is not None and self.follows_apart:
+            self.target.update(engine.momentum)
+        self._refresh_fp8()
+        return torch.stack(losses).mean(), replace(out, loss=losses[-1])
+
+    def _graph_parts_once(self, images: Tensor, masks: Masks) -> None:
+        if self.cuda_graph == "parts":
+            assert isinstance(self.model, JEPA)
+            graph_parts(self.model, images, masks)
+            self.cuda_graph = "none"  # the modules are graphs from now on
+
+    def _refresh_fp8(self) -> None:
+        """After the target encoder has changed."""
+        if isinstance(self.model, JEPA) and self.model.fp8 is not None:
+            self.model.fp8.refresh()
+
+    def _note_gradients(self, engine: ZeroEngine) -> None:
         """Stage 0 in fp32 is a plain optimizer: DeepSpeed takes no norm of its gradients."""
-        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
 
     @property
@@ -100,26 +175,38 @@ class Learner:
         """Set everything from named fp32 tensors; `updates` is the optimizer's count, 0 for a fresh one."""
         load_weights(self.engine, self.partitions, student)
         load_moments(self.engine, self.partitions, moments, updates)
-        self.updates = updates
+        self._told = Told(updates, 0)
         if self.target is not None:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
+            self._refresh_fp8()
+            if isinstance(self.model, JEPA) and self.model.fp8 is not None:
+                self.model.fp8.refresh()
 
 
 def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:
-    """Put `model` under DeepSpeed, with the weights it has, in full fp32, as masters."""
+    """Put `model` into the hands of an engine, with the weights it has, in full fp32, as masters.
+
+    Raises:
+        ConfigError: `speed` asks for what these processes and devices cannot do.
+    """
+    check_speed(config, world)
     network = model.trainable()
     student = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     engine = start_engine(network, config, world)
     partitions = partitions_of(engine)
-    target, target_weights = None, None
+    target, target_weights, apart = None, None, True
     if isinstance(model, JEPA):
         target_weights = {
             ENCODER + name: parameter.clone() for name, parameter in model.target_encoder.named_parameters()
         }
         dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
         target = shard_target(model.target_encoder, partitions, dtype)
-    learner = Learner(model, engine, partitions, target)
-    # DeepSpeed's masters came by way of the network's precision; these have all their bits.
+        if isinstance(engine, SingleDevice) and config.speed.fused_update:
+            engine.follow(target.shadow, target.working)
+            apart = False
+    apply_speed(model, config, world.device)
+    learner = Learner(model, engine, partitions, target, apart, config.speed.cuda_graph)
+    # The masters came by way of the network's precision; these have all their bits.
     learner.load(student, target_weights, {}, updates=0)
     return learner

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the fp32 weights and the moments, and which parameter each element belongs to.
+"""Where an engine keeps the fp32 weights and the moments, and which parameter each element belongs to.
 
 ZeRO flattens the parameters of an optimizer group into one buffer and gives each rank an equal, contiguous
 part of its fp32 master. Everything of ours that must live beside the master (the shadow of the target
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+
+from fastjepa.engine.single import Engine, FlatGroup, SingleDevice, ZeroEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,9 +66,11 @@ class Partition:
         }
 
 
-def partitions_of(engine: DeepSpeedEngine) -> list[Partition]:
-    """The partitions of a ZeRO 0, 1 or 2 engine, in the order of its optimizer groups."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+def partitions_of(engine: Engine) -> list[Partition]:
+    """The partitions of an engine at ZeRO 0, 1 or 2, in the order of its optimizer groups."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
+    if isinstance(engine, SingleDevice):
+        return [_of_group(group, names) for group in engine.groups]
     optimizer = engine.optimizer
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
         flats, groups = optimizer.bit16_groups_flat, optimizer.bit16_groups
@@ -94,6 +97,11 @@ def _flat(
         start = dist.get_rank() * master.numel()
         partitions.append(Partition(pieces, flat.numel(), start, master.data, master))
     return partitions
+
+
+def _of_group(group: FlatGroup, names: dict[Tensor, str]) -> Partition:
+    pieces = tuple(Piece(names[s.parameter], s.parameter.shape, s.offset) for s in group.slots)
+    return Partition(pieces, group.master.numel(), 0, group.master, group.master)
 
 
 def _whole(name: str, master: Tensor) -> Partition:
@@ -126,8 +134,10 @@ def gather(partitions: list[Partition], parts: list[Tensor]) -> dict[str, Tensor
     return named
 
 
-def moments_of(engine: DeepSpeedEngine, partitions: list[Partition], moment: str) -> list[Tensor]:
+def moments_of(engine: Engine, partitions: list[Partition], moment: str) -> list[Tensor]:
     """The flat optimizer moments beside each partition's master; zeros before the first update."""
+    if isinstance(engine, SingleDevice):
+        return [getattr(group, moment) for group in engine.groups]
     state = torch_optimizer(engine).state
     return [
         state[partition.parameter][moment].view(-1)
@@ -137,7 +147,7 @@ def moments_of(engine: DeepSpeedEngine, partitions: list[Partition], moment: str
     ]
 
 
-def load_weights(engine: DeepSpeedEngine, partitions: list[Partition], weights: Mapping[str, Tensor]) -> None:
+def load_weights(engine: Engine, partitions: list[Partition], weights: Mapping[str, Tensor]) -> None:
     """Set the fp32 masters, and the weights the network computes with, from named fp32 tensors."""
     with torch.no_grad():
         for partition in partitions:
@@ -147,12 +157,20 @@ def load_weights(engine: DeepSpeedEngine, partitions: list[Partition], weights: 
 
 
 def load_moments(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     partitions: list[Partition],
     moments: Mapping[str, Mapping[str, Tensor]],
     steps: int,
 ) -> None:
     """Set the optimizer's moments by name, and its count of steps. Without steps, forget all."""
+    if isinstance(engine, SingleDevice):
+        engine.set_updates(steps)
+        for moment in MOMENTS:
+            for partition, flat in zip(partitions, moments_of(engine, partitions, moment), strict=True):
+                flat.zero_()
+                if steps > 0:
+                    partition.take(moments[moment], into=flat)
+        return
     optimizer = torch_optimizer(engine)
     # DeepSpeed's wrappers may have taken a first step on zero gradients, to make the state.
     optimizer.state.clear()
@@ -168,7 +186,7 @@ def load_moments(
         optimizer.state[partition.parameter] = state
 
 
-def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def torch_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrapper, if there is a wrapper."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer

@@ -186,12 +186,13 @@ class Run:
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
+        known = step - learner.lag  # the step whose outcome is known
         if learner.skipped_in_a_row:
-            self.console.warn(f"step {step}: the gradients are not finite; the weights stay as they were")
+            self.console.warn(f"step {known}: the gradients are not finite; the weights stay as they were")
         if learner.skipped_in_a_row == MAX_SKIPPED:
             self._finite_losses()  # says more, if the loss was not finite either
             raise NonFinite(
-                f"the gradients were not finite in {MAX_SKIPPED} steps in a row, up to step {step}. "
+                f"the gradients were not finite in {MAX_SKIPPED} steps in a row, up to step {known}. "
                 f"{self.last_good()} A lower optim.lr, a longer warm-up or optim.clip_grad may help."
             )
 

@@ -39,7 +39,7 @@ class ShardedTarget:
     working: list[Tensor]
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
+    def update(self, momentum: float | Tensor) -> None:
         """Follow the encoder's fp32 master weights by one step."""
         masters = [partition.master for partition in self.partitions]
         parts = self._own_parts()

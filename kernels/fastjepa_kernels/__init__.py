@@ -3,7 +3,8 @@
 Every op is exact, differentiable where it can be, and works on somebody else's tensors.
 """
 
-from fastjepa_kernels import integrations, nn
+from fastjepa_kernels import block, integrations, nn
+from fastjepa_kernels.adamw import adamw_ema_
 from fastjepa_kernels.attention import packed_attention
 from fastjepa_kernels.averaging import EMA
 from fastjepa_kernels.choice import implementations, use
@@ -19,6 +20,8 @@ from fastjepa_kernels.rounding import StochasticRounding
 __all__ = [
     "EMA",
     "StochasticRounding",
+    "adamw_ema_",
+    "block",
     "ema_update_",
     "fp8_available",
     "fp8_linear",
