@@ -165,12 +165,16 @@ def _triton_backward(
     dx = torch.empty_like(total)
     columns = triton.next_power_of_2(width)
     together = max(1, 2048 // columns)
-    programs = max(1, min(triton.cdiv(rows, together), 4 * multiprocessors(total.device)))
+    warps = max(8, columns // 128)
+    # As many as run at a time: each goes on until the rows are done, so one more would wait for all of it.
+    programs = max(
+        1, min(triton.cdiv(rows, together), (3 if warps == 8 else 2) * multiprocessors(total.device))
+    )
     parts = total.new_empty(programs, 4, width, dtype=torch.float32)
     _backward_kernel[(programs,)](
         grad.contiguous(), None if through is None else through.contiguous(), total, weight, mean, rstd,
         dx, parts, rows, width, programs,
-        ROWS=together, COLUMNS=columns, num_warps=max(8, columns // 256),
+        ROWS=together, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return dx, add_parts(parts, weight.dtype)
 
