@@ -22,10 +22,10 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test test-gpu sanitize bench bench-gpu aot ext ext-cuda lint docs clean
+.PHONY: help setup train test test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy performance aot ext ext-cuda lint docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV) ## Make .venv with everything for working on fastjepa
 
@@ -61,8 +61,20 @@ bench:
 endif
 bench: ## Run the microbenchmarks on the CPU; ARGS=--write-table writes what to choose
 
-bench-gpu: $(DEV) ## Check and measure everything on a GPU, in under eight minutes
-	$(BIN)/python -m bench.kernels.gpu $(ARGS)
+bench-gpu: $(DEV) ## Check and measure everything on a GPU, in under ten minutes
+	$(BIN)/python -m bench.gpu $(ARGS)
+
+bench-throughput: $(DEV) ## Time whole training steps beside published MAE and I-JEPA; on a CPU in under ten minutes
+	$(BIN)/python -m bench.throughput $(ARGS)
+
+bench-breakdown: $(DEV) ## Show where the time of a training step goes, beside a roofline
+	$(BIN)/python -m bench.breakdown $(ARGS)
+
+bench-accuracy: $(DEV) ## Measure accuracy against time and FLOPs, I-JEPA beside MAE
+	$(BIN)/python -m bench.accuracy $(ARGS)
+
+performance: $(DEV) ## Write docs/performance.md and the README's table from bench/results
+	$(BIN)/python -m bench.performance_page $(ARGS)
 
 aot: $(DEV) ## Compile the Triton kernels for every GPU and gate what they take; ARGS=--write writes the table
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.aot --jobs $(JOBS) $(ARGS)

@@ -1,0 +1,263 @@
+"""The table, the page, the file and the picture of a comparison."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from bench.kernels.table import aligned, time_of
+from bench.throughput.entries import IJEPA, MAE
+from bench.throughput.race import Contestant, Race
+from fastjepa.models.flops import executed
+from fastjepa_kernels.choice import table_name
+
+COLUMNS = (
+    "row",
+    "images/s",
+    "spread",
+    "× reference MAE",
+    "× published I-JEPA",
+    "context tokens",
+    "useful GFLOP/image",
+    "TFLOP/s",
+    "MFU",
+    "peak GB",
+    "kernels",
+    "launches",
+    "host",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table; what is None was not measured.
+
+    Attributes:
+        masks: the mode, or "mae".
+        seconds: of a step, a value for each round.
+        images_per_s: the median of the rounds, and between which values half of them lie.
+        over_mae, over_ijepa: the median of the ratios round by round to the reference MAE and to the
+            published I-JEPA, on the same images and, of I-JEPA, masks.
+        context_tokens: the mean of an image.
+        useful_flop: of an image, with full blocks, backward as twice forward.
+        executed_flop: of an image, with full blocks, as counted.
+        flop_per_s: useful.
+        mfu: of the matrix product timed in the same rounds.
+        host_s: of a step handed to an idle device; waiting included where a step waits.
+        how: whether it stayed in memory.
+        red: why it has no time.
+    """
+
+    name: str
+    group: str
+    masks: str
+    batch: int
+    seconds: list[float]
+    images_per_s: float | None
+    images_per_s_quartiles: tuple[float, float] | None
+    over_mae: float | None
+    over_ijepa: float | None
+    context_tokens: float
+    useful_flop: float
+    executed_flop: float
+    flop_per_s: float | None
+    mfu: float | None
+    held_bytes: int | None
+    peak_bytes: int | None
+    kernels: int | None
+    launches: int | None
+    host_s: float | None
+    built_s: float
+    how: str
+    red: str
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float | None:
+    """How many times as fast as `over`: the median of the rounds that both have."""
+    pairs = list(zip(over, under, strict=False))
+    return median(a / b for a, b in pairs) if pairs else None
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def rows_of(race: Race) -> list[Row]:
+    laps = {one.entry.name: one.laps for one in race.contestants if not one.red}
+    return [_row(race, one, laps.get(MAE, []), laps.get(IJEPA, [])) for one in race.contestants]
+
+
+def _row(race: Race, one: Contestant, mae: list[float], ijepa: list[float]) -> Row:
+    inputs, batch, entry = race.inputs, race.inputs.setting.batch, one.entry
+    timed = bool(one.laps) and not one.red
+    speeds = [batch / lap for lap in one.laps] if timed else []
+    useful = inputs.useful_flop(entry.masks)
+    counted = [executed(parts) for parts in inputs.parts(entry.masks)]
+    flop_per_s = useful * median(speeds) if timed else None
+    red = one.red or ("" if timed else "no time was left")
+    return Row(
+        name=entry.name,
+        group=entry.group,
+        masks=entry.masks,
+        batch=batch,
+        seconds=one.laps if timed else [],
+        images_per_s=median(speeds) if timed else None,
+        images_per_s_quartiles=quartiles(speeds) if timed else None,
+        over_mae=ratio(mae, one.laps) if timed else None,
+        over_ijepa=ratio(ijepa, one.laps) if timed else None,
+        context_tokens=inputs.context_tokens(entry.masks),
+        useful_flop=useful,
+        executed_flop=sum(counted) / len(counted) / batch,
+        flop_per_s=flop_per_s,
+        mfu=flop_per_s / race.gauge.flop_per_s if flop_per_s and race.gauge.gemm_s else None,
+        held_bytes=one.held_bytes,
+        peak_bytes=one.peak_bytes,
+        kernels=one.kernels,
+        launches=one.launches,
+        host_s=median(one.host) if timed and one.host else None,
+        built_s=one.built_s,
+        how="stayed in memory" if one.stays else "built twice, half of the rounds each time",
+        red=red,
+    )
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A line of the table, from a row as it is in the file."""
+    if row["images_per_s"] is None:
+        return [row["name"], f"not measured: {row['red']}", *[""] * (len(COLUMNS) - 2)]
+
+    def number(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "–" if value is None else f"{value / scale:{form}}"
+
+    low, high = row["images_per_s_quartiles"]
+    return [
+        row["name"] + (" *" if row["how"] != "stayed in memory" else ""),
+        f"{row['images_per_s']:.4g}",
+        f"{low:.4g}–{high:.4g}",
+        number(row["over_mae"], ".2f"),
+        number(row["over_ijepa"], ".2f"),
+        f"{row['context_tokens']:.1f}",
+        number(row["useful_flop"], ".4g", 1e9),
+        number(row["flop_per_s"], ".3g", 1e12),
+        number(row["mfu"], ".1%"),
+        number(row["peak_bytes"], ".3g", 1e9),
+        number(row["kernels"], ".0f"),
+        number(row["launches"], ".0f"),
+        "–" if row["host_s"] is None else time_of(row["host_s"]),
+    ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    return aligned([COLUMNS, *(cells(row) for row in rows)], names={0})
+
+
+def size_of(race: Race, seconds: float) -> dict[str, Any]:
+    """What the file says of one size."""
+    setting, shape = race.inputs.setting, race.inputs.setting.shape()
+    return {
+        "size": setting.size,
+        "patch_size": shape.patch_size,
+        "image_size": shape.image_size[0],
+        "batch": setting.batch,
+        "precision": setting.precision,
+        "mae_precision": setting.mae_precision,
+        "rounds": race.rounds,
+        "gemm_flop_per_s": race.gauge.flop_per_s if race.gauge.gemm_s else None,
+        "copy_bytes_per_s": race.gauge.bytes_per_s if race.gauge.copy_s else None,
+        "took_s": round(seconds),
+        "rows": [asdict(row) for row in rows_of(race)],
+    }
+
+
+def heading(size: Mapping[str, Any]) -> str:
+    gemm, copied = size["gemm_flop_per_s"], size["copy_bytes_per_s"]
+    rates = f"; GEMM {gemm / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.0f} GB/s" if gemm and copied else ""
+    return (
+        f"ViT {size['size']}, patches of {size['patch_size']} in {size['image_size']} px, "
+        f"batch {size['batch']}, {size['precision']} (reference MAE {size['mae_precision']}), "
+        f"{size['rounds']} rounds{rates}"
+    )
+
+
+NOTES = """\
+All rows of a size ran in one process, in turn, in another order in each round; medians of the rounds, with
+the quartiles as their spread. Whole optimizer steps on images that are already on the device, the same in
+all rows: uint8 for fastjepa, and the same as normalised fp32, four times the bytes, for the references,
+made beforehand. Masks were drawn beforehand; their shapes change from step to step in `truncate` and
+`packed`, and every shape had been seen before time was taken. Useful work counts full blocks and backward
+as twice forward, MFU is its share of the matrix product timed in the same rounds. Kernels are those of a
+step, launches what the host hands over for them, host what it takes for a step on an idle device, with its
+waits. On a CPU, kernels are ops of torch, and the peak is what a step adds. Rows with * did not fit into
+memory beside the others: built twice and timed for half of the rounds each time."""
+
+
+def page(facts: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]], chart: str | None) -> str:
+    lines = [f"# Throughput on {facts['device']}", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items() if name != "device"]
+    lines += ["", NOTES, ""]
+    for size in sizes:
+        lines += [f"## {heading(size)}", "", markdown(size["rows"]), ""]
+    return "\n".join([*lines, *([f"![Images per second]({chart})", ""] if chart else [])])
+
+
+def save(folder: Path, facts: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]]) -> Path:
+    """Write <folder>/<device>/throughput-<date>.json, .md and .png; the JSON's path."""
+    path = folder / table_name(facts["device"]).removesuffix(".json") / f"throughput-{facts['date']}.json"
+    write(path, json.dumps({**facts, "sizes": list(sizes)}, indent=1, ensure_ascii=False) + "\n")
+    picture = None
+    if any(row["images_per_s"] for size in sizes for row in size["rows"]):
+        picture = path.with_suffix(".png")
+        picture.write_bytes(chart(sizes))
+    write(path.with_suffix(".md"), page(facts, sizes, picture.name if picture else None))
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, whatever ends the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".half")
+    half.write_text(text, encoding="utf-8")
+    os.replace(half, path)
+
+
+def chart(sizes: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG with a bar for each row that was timed, a panel for each size."""
+    from matplotlib.figure import Figure
+
+    from fastjepa.report.figures import BLUE, INK, LIGHT_BLUE, MUTED, to_png
+
+    panels = [
+        (size, timed) for size in sizes if (timed := [row for row in size["rows"] if row["images_per_s"]])
+    ]
+    heights = [len(timed) + 1.5 for _, timed in panels]
+    figure = Figure(figsize=(6.4, 0.24 * sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for (size, timed), axis in zip(panels, axes, strict=True):
+        names, speeds = [row["name"] for row in timed], [row["images_per_s"] for row in timed]
+        colours = [
+            BLUE
+            if row["group"] == "main" and "fastjepa" in row["name"]
+            else LIGHT_BLUE
+            if row["group"] == "switch"
+            else MUTED
+            for row in timed
+        ]
+        spread = [row["images_per_s_quartiles"] for row in timed]
+        errors = [
+            [max(0.0, speed - low) for speed, (low, _) in zip(speeds, spread, strict=True)],
+            [max(0.0, high - speed) for speed, (_, high) in zip(speeds, spread, strict=True)],
+        ]
+        axis.barh(names, speeds, xerr=errors, color=colours, ecolor=INK, error_kw={"linewidth": 0.8})
+        for place, speed in enumerate(speeds):
+            axis.text(0, place, f" {speed:.4g}", va="center", fontsize=6, color="white")
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=6)
+        axis.set_title(f"ViT {size['size']}/{size['patch_size']}, images/s", fontsize=7, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    return to_png(figure)
