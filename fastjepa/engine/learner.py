@@ -180,8 +180,6 @@ class Learner:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
             self._refresh_fp8()
-            if isinstance(self.model, JEPA) and self.model.fp8 is not None:
-                self.model.fp8.refresh()
 
 
 def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:

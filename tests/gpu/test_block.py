@@ -1,4 +1,4 @@
-"""The hand-written block on the device: as exact as autograd over separate modules in bf16, without waiting."""
+"""The hand-written block on the device: as exact as autograd over separate modules, and without waiting."""
 
 import copy
 
