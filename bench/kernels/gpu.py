@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels import (
+    bench_adamw,
     bench_attention,
     bench_ema,
     bench_gather,
@@ -37,7 +38,7 @@ from bench.kernels.clock import Clock, DeviceClock, WallClock
 from bench.kernels.session import Session
 from bench.kernels.table import Row, markdown, summary
 
-BOUND_BY_MEMORY = (bench_gather, bench_patchify, bench_loss, bench_ema)
+BOUND_BY_MEMORY = (bench_gather, bench_patchify, bench_loss, bench_ema, bench_adamw)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # They end by these together, and writing takes a few seconds.
 BUDGET_S = 410.0

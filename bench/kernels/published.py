@@ -62,6 +62,18 @@ def ema(shadow: Sequence[Tensor], source: Sequence[Tensor], momentum: float) -> 
         average.mul_(momentum).add_((1 - momentum) * new)
 
 
+def adamw(
+    master: Tensor, grad: Tensor, average: Tensor, square: Tensor, lr: float, decay: float, step: int
+) -> None:
+    """torch.optim.AdamW as it steps without `foreach` or `fused`: an operation after another."""
+    grad = grad.to(master.dtype)
+    master.mul_(1 - lr * decay)
+    average.mul_(0.9).add_(grad, alpha=1 - 0.9)
+    square.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
+    root = (square.sqrt() / (1 - 0.999**step) ** 0.5).add_(1e-8)
+    master.addcdiv_(average, root, value=-lr / (1 - 0.9**step))
+
+
 def sample_masks(images: int, side: int, blocks: int = 4, min_keep: int = 10) -> tuple[Tensor, Tensor]:
     """The multi-block sampler: image by image, each block a mask of the grid, its complement, its places.
 

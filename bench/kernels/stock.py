@@ -93,3 +93,24 @@ def foreach_lerp(shadow: Sequence[Tensor], source: Sequence[Tensor], momentum: f
 def foreach_mul_add(shadow: Sequence[Tensor], source: Sequence[Tensor], momentum: float) -> None:
     torch._foreach_mul_(list(shadow), momentum)
     torch._foreach_add_(list(shadow), list(source), alpha=1 - momentum)
+
+
+def fused_adamw(
+    master: Tensor, grad: Tensor, average: Tensor, square: Tensor, lr: float, decay: float, step: int
+) -> None:
+    """As torch.optim.AdamW(fused=True) calls it; gradients have to be in the master's precision."""
+    torch._fused_adamw_(
+        [master],
+        [grad.to(master.dtype)],
+        [average],
+        [square],
+        [],
+        [torch.full((), float(step), device=master.device)],
+        lr=lr,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=decay,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastjepa_kernels as fk
 from bench.kernels import (
+    bench_adamw,
     bench_attention,
     bench_ema,
     bench_gather,
@@ -26,7 +27,7 @@ from bench.kernels.check import check, error
 from fastjepa.masks import Masks, MultiBlockMasks
 from fastjepa.models import VisionTransformer, ViTShape
 
-OPS = (bench_gather, bench_patchify, bench_attention, bench_loss, bench_ema)
+OPS = (bench_gather, bench_patchify, bench_attention, bench_loss, bench_ema, bench_adamw)
 SMALL = [case for op in OPS for case in op.cases("small", torch.float32)]
 
 

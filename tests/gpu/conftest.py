@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kernels import bench_attention, bench_ema, bench_gather, bench_loss, bench_patchify
+from bench.kernels import bench_adamw, bench_attention, bench_ema, bench_gather, bench_loss, bench_patchify
 from bench.kernels.case import CANNOT, Case, Random, Way, gradient_of
 from bench.kernels.check import is_ours, results
 
 HERE = Path(__file__).parent
-OPS = (bench_gather, bench_patchify, bench_attention, bench_loss, bench_ema)
+OPS = (bench_gather, bench_patchify, bench_attention, bench_loss, bench_ema, bench_adamw)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA = torch.device("cuda")
 
