@@ -1,0 +1,148 @@
+"""When a graph runs, captures and replays. What it computes is tested on a GPU, in tests/gpu/test_step.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa.config import ConfigError, parse_config
+from fastjepa.engine.graphs import WARM_UP, Graphed, GraphedStep
+from fastjepa.masks import Masks
+from fastjepa.objectives import Step
+
+
+class Recorded:
+    """Stands in for a CUDA graph: capturing computes nothing, replaying computes into the same memory."""
+
+    capturing: "Recorded | None" = None
+
+    def __init__(self) -> None:
+        self.replays: list[Any] = []
+
+    def replay(self) -> None:
+        for compute in self.replays:
+            compute()
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None:
+        assert other is not self
+
+
+@contextmanager
+def capture(graph: Recorded, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "thread_local"
+    assert isinstance(stream, Stream)
+    Recorded.capturing = graph
+    yield
+    Recorded.capturing = None
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = Stream()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: present)
+
+
+class Counter:
+    """A function with a state on the device: it gives input times the number of calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.captures = 0
+
+    def __call__(self, x: Tensor, masks: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        context = masks["context"]
+        assert context is not None
+        out = torch.full_like(x, torch.nan)
+
+        def compute() -> None:
+            self.calls += 1
+            out.copy_(x * self.calls + context)
+
+        if Recorded.capturing is None:
+            compute()
+        else:
+            self.captures += 1
+            Recorded.capturing.replays.append(compute)
+        return out, {"out": out}
+
+
+def test_every_call_counts_once() -> None:
+    function = Counter()
+    graphed = Graphed(function)
+    for call in range(1, 10):
+        x, context = torch.randn(3), torch.randn(3)
+        out, more = graphed(x, {"context": context, "cu_seqlens": None})
+        assert torch.equal(out, x * call + context)
+        assert torch.equal(more["out"], out)
+        assert function.calls == call
+        assert function.captures == (call > WARM_UP)
+
+
+def test_another_shape_is_refused() -> None:
+    graphed = Graphed(Counter())
+    for _ in range(WARM_UP + 1):
+        graphed(torch.ones(3), {"context": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"made for \[3\] torch.float32, got \[4\] .*cuda_graph none"):
+        graphed(torch.ones(4), {"context": torch.ones(3)})
+
+
+def test_a_step_s_loss_outlives_the_next_step() -> None:
+    def step(images: Tensor, masks: Masks) -> tuple[Tensor, Step]:
+        assert masks.asked_rows is not None
+        loss = torch.zeros(())
+
+        def compute() -> None:
+            loss.copy_(images.sum() + masks.context.sum())
+
+        compute() if Recorded.capturing is None else Recorded.capturing.replays.append(compute)
+        return loss, Step(loss, images, masks.targets, images)
+
+    graphed, losses, expected = GraphedStep(step), [], []
+    for number in range(8):
+        images, index = torch.full((2,), float(number)), torch.full((1, 2), 10 * number)
+        loss, out = graphed(images, Masks(index, index, None, index, index))
+        losses.append(loss)
+        expected.append(float(images.sum() + index.sum()))
+        assert torch.equal(out.hidden, images)
+        assert float(out.loss) == expected[-1]
+    assert [float(loss) for loss in losses] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"masks": {"mode": "packed"}},
+            "step needs masks.mode budget, whose shapes never change, got packed",
+        ),
+        ({"masks": {"mode": "truncate"}}, "got truncate: use that mode, or speed.cuda_graph none"),
+        ({"speed": {"zero_stage": 1}}, "step needs speed.zero_stage 0 on one device, got stage 1"),
+        ({"speed": {"accumulation": 2}}, "step captures one micro-batch, got speed.accumulation 2"),
+        ({"speed": {"checkpoint_blocks": True}}, "step cannot capture speed.checkpoint_blocks"),
+        ({"speed": {"device": "cpu"}}, "step needs a GPU, and speed.device is cpu"),
+        (
+            {"objective": {"name": "mae"}, "speed": {"cuda_graph": "parts"}},
+            "parts is for objective.name jepa",
+        ),
+    ],
+)
+def test_what_no_graph_can_hold_is_refused(changes: dict[str, dict[str, Any]], said: str) -> None:
+    speed = {"cuda_graph": "step", "zero_stage": 0} | changes.get("speed", {})
+    with pytest.raises(ConfigError, match=said):
+        parse_config(changes | {"speed": speed})
+
+
+def test_what_a_graph_can_hold_is_taken() -> None:
+    whole: dict[str, Any] = {"cuda_graph": "step", "zero_stage": 0}
+    parse_config({"speed": whole})
+    parse_config({"speed": whole, "objective": {"name": "mae"}, "masks": {"mode": "truncate"}})
+    parse_config({"speed": {"cuda_graph": "parts", "zero_stage": 2, "accumulation": 4}})
