@@ -1,9 +1,5 @@
 """FLOPs from shapes, held to what torch counts in real steps of the engine, and to known numbers."""
 
-import os
-from collections.abc import Iterator
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given
@@ -21,10 +17,8 @@ TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32"
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Iterator[Inputs]:
-    with mock.patch.dict(os.environ):  # joining the world of one process sets what a launcher would
-        yield Inputs(TOY)
-        ours.leave()
+def inputs() -> Inputs:
+    return Inputs(TOY)
 
 
 def counted(inputs: Inputs, *overrides: str) -> tuple[int, Masks]:

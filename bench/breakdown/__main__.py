@@ -24,7 +24,7 @@ from bench.kernels.results import RESULTS
 from bench.throughput import ours
 from bench.throughput.gauges import Kernel, gauge_for, host_seconds_of, seconds_of, trace
 from bench.throughput.report import write
-from bench.throughput.setting import DRAWS, SHAPES, Inputs, Setting, tokens_of
+from bench.throughput.setting import SHAPES, Inputs, Setting, tokens_of
 from fastjepa.engine.learner import Learner
 from fastjepa.models.flops import Narrow, Skipped
 from fastjepa.objectives import JEPA
@@ -106,9 +106,9 @@ def measure(setting: Setting, asked: argparse.Namespace) -> dict[str, Any]:
     batches = ours.batches_of(config, inputs)
 
     def step(number: int) -> object:
-        return learner.step([batches[number % DRAWS]], ours.RATES)
+        return learner.step([batches[number % len(batches)]], ours.RATES)
 
-    for number in range(DRAWS):
+    for number in range(len(batches)):
         step(number)
     walls, hosts = [], []
     for number in range(asked.rounds):
@@ -122,7 +122,7 @@ def measure(setting: Setting, asked: argparse.Namespace) -> dict[str, Any]:
         step(0)
         watch.marks.clear()
         # Without a wait in between, so that the host is ahead of the device as it is in training.
-        for number in range(DRAWS):
+        for number in range(len(batches)):
             step(number)
         spent = watch.seconds()
     rates = Rates(gauge.flop_per_s, gauge.bytes_per_s)
@@ -131,7 +131,7 @@ def measure(setting: Setting, asked: argparse.Namespace) -> dict[str, Any]:
     for name in PARTS:
         if name in spent:
             cost = roof.get(name, Cost())
-            took_s = spent[name] / DRAWS
+            took_s = spent[name] / len(batches)
             parts.append(Part(name, took_s, cost.seconds(rates) or None, cost.flop, cost.bytes_moved))
     step_s, busy_s = median(walls), None if seen.busy_s is None else seen.busy_s / 3
     kernels = sorted(seen.kernels, key=lambda kernel: kernel.seconds, reverse=True)
@@ -175,10 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(asked.device)
     facts = machine.facts(device)
     precision: Literal["bf16", "fp32"] = "bf16" if asked.device == "cuda" else "fp32"
-    try:
-        found = measure(Setting(asked.size, asked.batch, device, precision, precision), asked)
-    finally:
-        ours.leave()
+    found = measure(Setting(asked.size, asked.batch, device, precision, precision), asked)
     content = {**facts, "seconds": round(time.monotonic() - start_s), **found}
     text = page(content)
     print(text)

@@ -63,8 +63,8 @@ def sentences(found: Mapping[str, Any]) -> str:
     rates = (
         f"The roofline is of a GEMM at {found['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s and a copy at "
         f"{found['copy_bytes_per_s'] / 1e9:.4g} GB/s, measured in the same run: matrix products at the one "
-        "rate, then everything else that must move at the other. A part's time is between marks on the device's "
-        "stream, idle gaps included."
+        "rate, then everything else that must move at the other. A part's time is between marks on the "
+        "device's stream, idle gaps included."
     )
     return ", ".join(said) + ". " + rates
 

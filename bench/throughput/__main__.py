@@ -4,13 +4,14 @@
     python -m bench.throughput --sizes base --rows main
     python -m bench.throughput --device cpu
 
-Results are written after each size, and before rows that torch.compile makes; a row that fails says why.
+Results are written after each round, those of rows that torch.compile makes after all others; a row that
+fails says why.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch._dynamo
 
 from bench.kernels import machine
 from bench.kernels.results import RESULTS
-from bench.throughput import ours, report
+from bench.throughput import report
 from bench.throughput.entries import Entry, chosen
 from bench.throughput.gauges import Gauge, gauge_for
 from bench.throughput.race import Race
@@ -37,8 +38,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="all", help="main, switch, all, or names of rows, by semicolons")
     parser.add_argument("--rounds", type=int, default=6, help="of which the table has medians")
     parser.add_argument("--steps", type=int, default=4, help="of a row in a round, at most")
+    parser.add_argument(
+        "--draws", type=int, default=12, help="batches of masks that are gone through in turn"
+    )
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for everything, about")
-    parser.add_argument("--row-limit-s", type=float, default=90.0, help="to build a row and warm it up")
+    parser.add_argument("--row-limit-s", type=float, default=150.0, help="to build a row and warm it up")
     parser.add_argument("--mae-precision", choices=("fp32", "bf16", "fp16"), help="of the reference MAE")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds, to try the code")
@@ -62,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if on_gpu and not has_gpu:
         parser.error("torch sees no CUDA device; --device cpu measures on the CPU")
     if asked.quick:
-        asked.rounds, asked.steps = 2, 1
+        asked.rounds, asked.steps, asked.draws = 2, 1, 4
     else:  # what is quick is no measurement, and written only where it is told to
         asked.results = asked.results or RESULTS
     try:
@@ -72,24 +76,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return asked
 
 
-def measure(setting: Setting, asked: argparse.Namespace, gauge: Gauge, deadline_s: float, keep: Any) -> None:
-    """One size; `keep` takes what is known of it, several times, the last the best."""
+def measure(
+    setting: Setting,
+    asked: argparse.Namespace,
+    gauge: Gauge,
+    deadline_s: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """One size; `keep` takes what is known of it after each round, the last time the most."""
     start_s = time.monotonic()
     race = Race(Inputs(setting), gauge, asked.rounds, asked.steps, deadline_s, asked.row_limit_s)
     gauge.gemm_s.clear()
     gauge.copy_s.clear()
     groups: list[list[Entry]] = [[e for e in asked.entries if e.compiles == c] for c in (False, True)]
-    for group in filter(None, groups):
-        for entry in group:
-            one = race.add(entry)
-            said = (
-                one.red
-                or f"{setting.batch / one.expected_s:.4g} images/s at first, built in {one.built_s:.1f} s"
-            )
-            print(f"{setting.size}: {entry.name}: {said}", flush=True)
-        race.run()
+
+    def keep_now() -> None:
         keep(report.size_of(race, time.monotonic() - start_s))
-    race.free_all()
+
+    try:
+        for group in filter(None, groups):
+            for entry in group:
+                one = race.add(entry)
+                built = f"built in {one.built_s:.1f} s"
+                said = one.red or f"{setting.batch / one.expected_s:.4g} images/s at first, {built}"
+                print(f"{setting.size}: {entry.name}: {said}", flush=True)
+            race.run(keep_now)
+    finally:  # whatever ends it, what was measured is kept: a GPU is not always to be had
+        keep_now()
+        race.free_all()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,22 +119,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     precision: Literal["bf16", "fp32"] = "bf16" if asked.device == "cuda" else "fp32"
     sizes: list[dict[str, Any]] = []
     gauge = gauge_for(device, asked.quick)
-    try:
-        for place, (size, batch) in enumerate(zip(asked.sizes, asked.batches, strict=True)):
-            left_s = asked.limit_s - (time.monotonic() - start_s)
-            # What a size leaves over, the next may have.
-            deadline_s = time.monotonic() + left_s / (len(asked.sizes) - place)
-            setting = Setting(size, batch, device, precision, asked.mae_precision or precision)
+    for place, (size, batch) in enumerate(zip(asked.sizes, asked.batches, strict=True)):
+        left_s = asked.limit_s - (time.monotonic() - start_s)
+        # What a size leaves over, the next may have.
+        deadline_s = time.monotonic() + left_s / (len(asked.sizes) - place)
+        setting = Setting(size, batch, device, precision, asked.mae_precision or precision, asked.draws)
 
-            def keep(found: dict[str, Any], place: int = place) -> None:
-                sizes[place:] = [found]
-                if asked.results:
-                    print(f"Wrote {report.save(asked.results, facts, sizes)}", flush=True)
+        def keep(found: dict[str, Any], place: int = place) -> None:
+            sizes[place:] = [found]
+            if asked.results:
+                report.save(asked.results, facts, sizes)
 
-            measure(setting, asked, gauge, deadline_s, keep)
-            print(f"\n## {report.heading(sizes[-1])}\n\n{report.markdown(sizes[-1]['rows'])}\n", flush=True)
-    finally:
-        ours.leave()
+        measure(setting, asked, gauge, deadline_s, keep)
+        print(f"\n## {report.heading(sizes[-1])}\n\n{report.markdown(sizes[-1]['rows'])}\n", flush=True)
+    if asked.results:
+        print(f"Wrote {report.save(asked.results, facts, sizes, finished=True)}")
     return 0
 
 

@@ -26,6 +26,7 @@ class Entry:
         group: "main", or "switch" for a variant of fastjepa.
         compiles: by torch.compile, which takes long: such rows are built last.
         gpu_alone: it cannot be on a CPU.
+        is_graph: its steps are replays of a CUDA graph.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Entry:
     group: Literal["main", "switch"] = "main"
     compiles: bool = False
     gpu_alone: bool = False
+    is_graph: bool = False
 
 
 def reference_mae(inputs: Inputs, modern: bool) -> Step:
@@ -86,6 +88,7 @@ def fastjepa(
         group,
         compiles="speed.compile=true" in overrides,
         gpu_alone=not ours.GPU_ALONE.isdisjoint(overrides),
+        is_graph="speed.cuda_graph=step" in overrides,
     )
 
 

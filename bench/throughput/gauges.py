@@ -1,5 +1,6 @@
 """What the device is capable of, and what a step asks of it."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
+# What a profile shows on a device besides kernels and copies: names of stretches of time, and waits.
+_NOT_WORK = (
+    "Optimizer.",
+    "ProfilerStep",
+    "Torch-Compiled",
+    "Context Sync",
+    "Stream Sync",
+    "Event Sync",
+    "Stream Wait",
+)
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes would stand between the lines of a table
 
 
 def wait_for(device: torch.device) -> None:
@@ -142,10 +154,9 @@ def _trace_device(call: Call, device: torch.device) -> Trace:
     spans, launches, found = [], 0, dict[str, list[int]]()
     for event in profiler.profiler.kineto_results.events():
         name = event.name()
-        on_device = event.device_type() == torch.autograd.DeviceType.CUDA
-        if not on_device:
+        if event.device_type() != torch.autograd.DeviceType.CUDA:
             launches += "LaunchKernel" in name or "GraphLaunch" in name
-        elif not getattr(event, "is_user_annotation", bool)():
+        elif not event.is_user_annotation() and not name.startswith(_NOT_WORK):
             spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
             if not name.startswith(("Memcpy", "Memset")):
                 found.setdefault(name, []).append(event.duration_ns())

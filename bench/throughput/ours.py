@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from typing import cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bench.throughput.setting import Inputs
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine import build
-from fastjepa.engine.launch import World, join_world, leave_world
+from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.schedules import Rates
 from fastjepa.models import Init, initialise
@@ -46,15 +47,10 @@ GPU_ALONE = {
 }
 
 
-@lru_cache(maxsize=1)
-def world(device: str) -> World:
-    """This one process."""
-    return join_world(device)
-
-
-def leave() -> None:
-    leave_world()
-    world.cache_clear()
+def world(device: torch.device) -> World:
+    """This one process, which at stage 0 has nobody to talk to: no group of processes is made."""
+    here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    return World(rank=0, size=1, device=here, hosts=cast(dist.ProcessGroup, None))
 
 
 @contextmanager
@@ -69,12 +65,9 @@ def drawn_on(device: torch.device) -> Iterator[None]:
 
 
 def learner_of(config: Config, device: torch.device) -> Learner:
-    if device.type == "cpu":
-        return start_learner(build.build_model(config), config, world("cpu"))
-    here = world(device.type)
     with drawn_on(device):
         model = build.build_model(config)
-    return start_learner(model, config, here)
+    return start_learner(model, config, world(device))
 
 
 def batches_of(config: Config, inputs: Inputs) -> list[Batch]:

@@ -21,7 +21,7 @@ from bench.kernels.check import first_line
 from bench.kernels.memory import peak_bytes
 from bench.throughput.entries import Entry, Step
 from bench.throughput.gauges import Gauge, host_seconds_of, seconds_of, trace, wait_for
-from bench.throughput.setting import DRAWS, Inputs
+from bench.throughput.setting import Inputs
 
 _MOST_MEMORY = 0.9  # of the device, that may be planned with
 
@@ -102,11 +102,14 @@ class Race:
                 self._free(one)
         return one
 
-    def run(self) -> None:
-        """Time every row that was built, as long as there is time; earlier times are forgotten."""
+    def run(self, after_round: Callable[[], None] = lambda: None) -> None:
+        """Time every row that was built, as long as there is time.
+
+        Earlier times are forgotten, unless time is up before there are as many again.
+        """
+        before = [(one, one.laps, one.host) for one in self.running]
         for one in self.running:
-            one.laps.clear()
-            one.host.clear()
+            one.laps, one.host = [], []
         steps = self._affordable_steps()
         first, second = range(self.rounds // 2), range(self.rounds // 2, self.rounds)
         self._visit(first, steps)
@@ -117,7 +120,13 @@ class Race:
             for one in order:
                 if time.monotonic() < self.deadline_s:
                     self._guarded(one, self.row_limit_s, partial(self._lap, one, turn, steps))
+            if turn:  # before, nothing has a spread
+                after_round()
         self._visit(second, steps)
+        if any(len(one.laps) < len(laps) for one, laps, _ in before if not one.red):
+            for one, laps, host in before:
+                if laps:
+                    one.laps, one.host = laps, host
 
     def free_all(self) -> None:
         for one in self.contestants:
@@ -144,14 +153,14 @@ class Race:
 
     def _build(self, one: Contestant, look: bool) -> None:
         on_gpu = self.device.type == "cuda"
-        gc.collect()
-        before = torch.cuda.memory_allocated() if on_gpu else 0
+        reserved = self._reserved()
+        allocated = torch.cuda.memory_allocated() if on_gpu else 0
         start_s = time.monotonic()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         one.step = step = one.entry.build(self.inputs)
         # Every shape that is to come, so that nothing is compiled or chosen when time is taken.
-        for number in range(DRAWS if look else 2):
+        for number in range(self.inputs.setting.draws if look else 2):
             step(number)
         wait_for(self.device)
         one.built_s = time.monotonic() - start_s
@@ -159,27 +168,34 @@ class Race:
             return
         one.expected_s = seconds_of(lambda: step(0), self.device)
         if on_gpu:
-            gc.collect()
-            held = torch.cuda.memory_allocated()
-            if "graph" not in one.entry.name:  # a graph's own memory is taken when it is captured
+            one.held_bytes = self._reserved() - reserved
+            if not one.entry.is_graph:  # a graph's own memory is taken when it is captured
                 torch.cuda.reset_peak_memory_stats()
                 step(1)
                 wait_for(self.device)
-            one.held_bytes = held - before
-            one.peak_bytes = torch.cuda.max_memory_allocated() - before
+            one.peak_bytes = torch.cuda.max_memory_allocated() - allocated
         else:
             one.peak_bytes = peak_bytes(lambda: step(1))
         seen = trace(lambda: step(2), self.device)
-        one.kernels, one.launches = seen.calls, seen.launches
+        if seen.calls:  # a profiler may be forbidden to look
+            one.kernels, one.launches = seen.calls, seen.launches
 
     def _has_room(self) -> bool:
         """For what is there, and one more row as large as the largest."""
         if self.device.type == "cpu":
             return True
-        measured = [one for one in self.contestants if one.peak_bytes is not None]
-        largest = max((one.peak_bytes or 0 for one in measured), default=0)
+        largest = max((max(one.peak_bytes or 0, one.held_bytes or 0) for one in self.contestants), default=0)
         total = torch.cuda.get_device_properties(self.device).total_memory
-        return torch.cuda.memory_allocated() + largest < _MOST_MEMORY * total
+        return self._reserved() + largest < _MOST_MEMORY * total
+
+    def _reserved(self) -> int:
+        """Bytes that nothing else can have: of tensors, and of graphs, whose memory no tensor shows."""
+        gc.collect()
+        if self.device.type == "cpu":
+            return 0
+        with suppress(RuntimeError):  # after a capture that failed
+            torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
 
     def _evict_all(self) -> bool:
         """Whether there was any row in memory."""
@@ -191,10 +207,7 @@ class Race:
 
     def _free(self, one: Contestant) -> None:
         one.step = None
-        gc.collect()
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # after a capture that failed
-                torch.cuda.empty_cache()
+        self._reserved()
 
     def _guarded(self, one: Contestant, limit_s: float, do: Callable[[], None]) -> None:
         try:

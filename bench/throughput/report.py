@@ -206,12 +206,14 @@ def page(facts: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]], chart: st
     return "\n".join([*lines, *([f"![Images per second]({chart})", ""] if chart else [])])
 
 
-def save(folder: Path, facts: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]]) -> Path:
-    """Write <folder>/<device>/throughput-<date>.json, .md and .png; the JSON's path."""
+def save(
+    folder: Path, facts: Mapping[str, Any], sizes: Sequence[Mapping[str, Any]], finished: bool = False
+) -> Path:
+    """Write <folder>/<device>/throughput-<date>.json and .md, when finished the .png too; the JSON's path."""
     path = folder / table_name(facts["device"]).removesuffix(".json") / f"throughput-{facts['date']}.json"
     write(path, json.dumps({**facts, "sizes": list(sizes)}, indent=1, ensure_ascii=False) + "\n")
     picture = None
-    if any(row["images_per_s"] for size in sizes for row in size["rows"]):
+    if finished and any(row["images_per_s"] for size in sizes for row in size["rows"]):
         picture = path.with_suffix(".png")
         picture.write_bytes(chart(sizes))
     write(path.with_suffix(".md"), page(facts, sizes, picture.name if picture else None))

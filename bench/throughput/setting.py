@@ -14,7 +14,6 @@ from fastjepa.models import SIZES, ViTShape
 from fastjepa.models.flops import Narrow, Parts, Tokens, ijepa, mae, useful
 
 Mode = Literal["truncate", "budget", "packed"]
-DRAWS = 12  # batches of masks, gone through in turn: 12 steps have about as many shapes in `truncate`
 _PICTURES = 3  # batches of images, gone through in turn
 
 # The overrides that name a size. `small-6` and `toy` are for a CPU.
@@ -49,6 +48,7 @@ class Setting:
         batch: images of a step.
         precision: of the student: bf16 with fp32 masters, or fp32.
         mae_precision: of the reference MAE alone.
+        draws: batches of masks, gone through in turn; in `truncate` they have nearly as many shapes.
     """
 
     size: str
@@ -56,6 +56,7 @@ class Setting:
     device: torch.device
     precision: Literal["fp32", "bf16"]
     mae_precision: Literal["fp32", "bf16", "fp16"]
+    draws: int = 12
 
     def config(self, *overrides: str) -> Config:
         """A run of one process at stage 0, with `overrides` last."""
@@ -102,6 +103,7 @@ class Inputs:
     normalised: list[Tensor] = field(init=False)  # fp32
     image_index: list[Tensor] = field(init=False)  # [B], on the host
     _masks: dict[str, list[Masks]] = field(default_factory=dict)
+    _parts: dict[str, list[Parts]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, device, data = self.setting.batch, self.setting.device, self.setting.config().data
@@ -111,10 +113,10 @@ class Inputs:
         self.pixels = [pixels.to(device) for pixels in drawn]
         mean, std = (torch.tensor(each, device=device)[:, None, None] for each in (data.mean, data.std))
         self.normalised = [(pixels.float() / 255 - mean) / std for pixels in self.pixels]
-        self.image_index = [torch.arange(batch) + i * batch for i in range(DRAWS)]
+        self.image_index = [torch.arange(batch) + i * batch for i in range(self.setting.draws)]
 
     def masks(self, name: Mode | Literal["mae"]) -> list[Masks]:
-        """DRAWS batches of masks of consecutive steps; those of `mae` are random."""
+        """The batches of masks of consecutive steps; those of `mae` are random."""
         if name not in self._masks:
             which = ["objective.name=mae"] if name == "mae" else [f"masks.mode={name}"]
             sampler = build_masks(self.setting.config(*which))
@@ -128,16 +130,21 @@ class Inputs:
     def context_tokens(self, name: Mode | Literal["mae"]) -> float:
         """The mean over images and steps."""
         lengths = [sum(tokens_of(masks).context) for masks in self.masks(name)]
-        return sum(lengths) / (DRAWS * self.setting.batch)
+        return sum(lengths) / (self.setting.draws * self.setting.batch)
 
     def parts(self, name: Mode | Literal["mae"]) -> list[Parts]:
         """FLOPs of the steps with full blocks."""
+        if name not in self._parts:
+            self._parts[name] = self._parts_of(name)
+        return self._parts[name]
+
+    def _parts_of(self, name: Mode | Literal["mae"]) -> list[Parts]:
         if name == "mae":
             kept = self.masks("mae")[0].context.shape[1]
             decoder = Narrow(*self.setting.decoder[:2])
             return [mae(self.setting.shape(class_token=True), decoder, self.setting.batch, kept)]
-        predictor = Narrow(*self.setting.predictor[:2])
-        return [ijepa(self.setting.shape(), predictor, tokens) for tokens in self.tokens(name)]
+        shape, predictor = self.setting.shape(), Narrow(*self.setting.predictor[:2])
+        return [ijepa(shape, predictor, tokens) for tokens in self.tokens(name)]
 
     def useful_flop(self, name: Mode | Literal["mae"]) -> float:
         """For one image, the mean over the steps."""

@@ -1,11 +1,8 @@
 """Where a step's time goes: the command on a toy, the marks, and the roofline beside them."""
 
 import json
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -23,14 +20,6 @@ from fastjepa.models.flops import Narrow, Skipped, Tokens, executed, ijepa
 
 CPU = torch.device("cpu")
 TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process as the only one of a run, and nothing left of that afterwards."""
-    with mock.patch.dict(os.environ):
-        yield
-        ours.leave()
 
 
 @pytest.fixture(scope="module")

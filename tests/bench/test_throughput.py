@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import pytest
 import torch
@@ -22,19 +20,11 @@ from bench.throughput.entries import IJEPA, MAE, Entry, Step, chosen, entries
 from bench.throughput.gauges import covered, gauge_for, trace
 from bench.throughput.race import Race, at_most
 from bench.throughput.report import COLUMNS, cells, markdown, quartiles, ratio, rows_of, size_of
-from bench.throughput.setting import DRAWS, Inputs, Setting, tokens_of
+from bench.throughput.setting import Inputs, Setting, tokens_of
 from fastjepa.objectives import JEPA
 
 CPU = torch.device("cpu")
 TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """This process as the only one of a run, and nothing left of that afterwards."""
-    with mock.patch.dict(os.environ):
-        yield
-        ours.leave()
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +159,11 @@ def test_all_rows_see_the_same_images(inputs: Inputs) -> None:
 
 def test_masks_change_from_step_to_step_and_are_counted(inputs: Inputs) -> None:
     drawn = inputs.masks("truncate")
-    assert len(drawn) == DRAWS
+    assert len(drawn) == TOY.draws
     assert len({(m.context.shape, m.targets.shape) for m in drawn}) > 1
-    assert inputs.context_tokens("truncate") == pytest.approx(sum(m.context.shape[1] for m in drawn) / DRAWS)
+    assert inputs.context_tokens("truncate") == pytest.approx(
+        sum(m.context.shape[1] for m in drawn) / TOY.draws
+    )
     packed = inputs.masks("packed")
     lengths = [length for m in packed for length in tokens_of(m).context]
     assert sum(lengths) == sum(m.context.numel() for m in packed)
@@ -212,7 +204,7 @@ def test_a_row_that_fails_says_so_and_the_others_go_on(inputs: Inputs) -> None:
     def breaks_later(_number: int) -> None:
         nonlocal calls
         calls += 1
-        if calls > DRAWS + 6:
+        if calls > TOY.draws + 6:
             raise ValueError("odd")
 
     race = race_of(inputs)
@@ -240,6 +232,21 @@ def test_when_time_is_up_rows_say_so(inputs: Inputs) -> None:
     (row,) = rows_of(race)
     assert row.red == "no time was left"
     assert "not measured: no time was left" in markdown(size_of(race, 0.0)["rows"])
+
+
+def test_times_are_kept_where_time_is_up_before_there_are_as_many_again(inputs: Inputs) -> None:
+    told = []
+    race = race_of(inputs)
+    race.add(entry("sound", lambda number: number))
+    race.run(lambda: told.append(len(race.contestants[0].laps)))
+    laps = list(race.contestants[0].laps)
+    assert told == [2, 3], "after each round that gives a spread"
+    race.run()
+    assert race.contestants[0].laps != laps, "measured anew"
+    laps = list(race.contestants[0].laps)
+    race.deadline_s = time.monotonic()
+    race.run()
+    assert race.contestants[0].laps == laps
 
 
 def test_a_row_that_does_not_stay_is_built_for_half_of_the_rounds_each_time(inputs: Inputs) -> None:
