@@ -58,11 +58,6 @@ def _move(
 
 
 @triton.jit
-def _at(pointer, at):
-    return None if pointer is None else pointer + at
-
-
-@triton.jit
 def _adamw_kernel(
     master,  # fp32 [n]
     grad,  # [n]
@@ -99,16 +94,21 @@ def _adamw_kernel(
     unmasked = left // BLOCK * BLOCK
     for start in range(0, unmasked, BLOCK):
         at = first + start + inside
+        weight_at = None if weight is None else weight + at
+        shadow_at = None if shadow is None else shadow + at
+        working_at = None if working is None else working + at
         _move(
-            master + at, grad + at, exp_avg + at, exp_avg_sq + at,
-            _at(weight, at), _at(shadow, at), _at(working, at), None,
+            master + at, grad + at, exp_avg + at, exp_avg_sq + at, weight_at, shadow_at, working_at, None,
             scale, decay, 1.0 - BETA1, BETA2, 1.0 - BETA2, step_size, root_scale, EPS, follow,
         )  # fmt: skip
     if unmasked < left:
         at = first + unmasked + inside
+        weight_at = None if weight is None else weight + at
+        shadow_at = None if shadow is None else shadow + at
+        working_at = None if working is None else working + at
         _move(
-            master + at, grad + at, exp_avg + at, exp_avg_sq + at,
-            _at(weight, at), _at(shadow, at), _at(working, at), unmasked + inside < left,
+            master + at, grad + at, exp_avg + at, exp_avg_sq + at, weight_at, shadow_at, working_at,
+            unmasked + inside < left,
             scale, decay, 1.0 - BETA1, BETA2, 1.0 - BETA2, step_size, root_scale, EPS, follow,
         )  # fmt: skip
 
