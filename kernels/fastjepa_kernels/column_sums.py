@@ -16,7 +16,7 @@ from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import tl, triton
 
 _ROWS, _COLUMNS = 16, 256
-_TERMS = 8  # loads of one column in flight in the second kernel
+_TERMS, _SUMS = 64, 32  # parts and columns in flight at a time in the second kernel
 
 # --------------------------------------------------------------------------------------- reference
 
@@ -90,8 +90,8 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dimension of fp32 [programs, ...], in order."""
     programs, columns = parts.shape[0], parts[0].numel()
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    add_parts_kernel[(triton.cdiv(columns, 64),)](
-        parts, out, programs, columns, TERMS=_TERMS, COLUMNS=64, num_warps=4
+    add_parts_kernel[(triton.cdiv(columns, _SUMS),)](
+        parts, out, programs, columns, TERMS=_TERMS, COLUMNS=_SUMS, num_warps=4
     )
     return out
 

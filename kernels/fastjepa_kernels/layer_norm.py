@@ -102,41 +102,47 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    column = tl.arange(0, COLUMNS)
-    in_width = (column < width)[None, :]
-    w = tl.load(weight + column[None, :], mask=in_width, other=0.0).to(tl.float32)
-    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    passed = tl.zeros([ROWS, COLUMNS], tl.float32)
-    left = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # [2, ROWS, COLUMNS / 2]: a thread has columns of both halves of a row, so that a row takes as few warps
+    # as its sums leave registers for, and that of a narrow row waits for no other.
+    row_here = tl.arange(0, ROWS)[None, :, None]
+    column = tl.arange(0, 2)[:, None, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, None, :]
+    in_width = column < width
+    w = tl.load(weight + column, mask=in_width, other=0.0).to(tl.float32)
+    dweight = tl.zeros([2, ROWS, COLUMNS // 2], tl.float32)
+    dbias = tl.zeros([2, ROWS, COLUMNS // 2], tl.float32)
+    passed = tl.zeros([2, ROWS, COLUMNS // 2], tl.float32)
+    left = tl.zeros([2, ROWS, COLUMNS // 2], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, programs * ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = first + row_here
         present = row < rows
-        inside = present[:, None] & in_width
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        inside = present & in_width
+        at = row.to(tl.int64) * width + column
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        if through is not None:
+            t = tl.load(through + at, mask=inside, other=0.0).to(tl.float32)
         middle = tl.load(mean + row, mask=present, other=0.0)
         scale = tl.load(rstd + row, mask=present, other=0.0)
-        normal = tl.where(inside, (value - middle[:, None]) * scale[:, None], 0.0)
+        normal = tl.where(inside, (value - middle) * scale, 0.0)
         dweight += g * normal
         dbias += g
         g *= w
-        along = tl.sum(g * normal, axis=1) / width
-        flat = tl.sum(g, axis=1) / width
-        out = (g - normal * along[:, None] - flat[:, None]) * scale[:, None]
+        along = tl.sum(tl.sum(g * normal, axis=2), axis=0)[None, :, None] / width
+        flat = tl.sum(tl.sum(g, axis=2), axis=0)[None, :, None] / width
+        out = (g - normal * along - flat) * scale
         if through is not None:
-            t = tl.load(through + at, mask=inside, other=0.0).to(tl.float32)
             passed += t
             out += t
         rounded = out.to(dx.dtype.element_ty)
         tl.store(dx + at, rounded, mask=inside)
         left += tl.where(inside, rounded.to(tl.float32), 0.0)
-    to = parts + tl.program_id(0).to(tl.int64) * (4 * width) + column
-    tl.store(to, tl.sum(dweight, axis=0), mask=column < width)
-    tl.store(to + width, tl.sum(dbias, axis=0), mask=column < width)
-    tl.store(to + 2 * width, tl.sum(passed, axis=0), mask=column < width)
-    tl.store(to + 3 * width, tl.sum(left, axis=0), mask=column < width)
+    to = parts + tl.program_id(0).to(tl.int64) * (4 * width)
+    to += tl.arange(0, 2)[:, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    here = (tl.arange(0, 2)[:, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]) < width
+    tl.store(to, tl.sum(dweight, axis=1), mask=here)
+    tl.store(to + width, tl.sum(dbias, axis=1), mask=here)
+    tl.store(to + 2 * width, tl.sum(passed, axis=1), mask=here)
+    tl.store(to + 3 * width, tl.sum(left, axis=1), mask=here)
 
 
 def _triton(
@@ -163,18 +169,16 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor]:
     rows, width = total.shape
     dx = torch.empty_like(total)
-    columns = triton.next_power_of_2(width)
+    columns = max(64, triton.next_power_of_2(width))
+    # 16 elements a thread, of each sum as well: 168 registers. As many programs as run at a time: each goes
+    # on until the rows are done, so one more would wait for all of it.
     together = max(1, 2048 // columns)
-    warps = max(8, columns // 128)
-    # As many as run at a time: each goes on until the rows are done, so one more would wait for all of it.
-    programs = max(
-        1, min(triton.cdiv(rows, together), (3 if warps == 8 else 2) * multiprocessors(total.device))
-    )
+    programs = max(1, min(triton.cdiv(rows, together), 3 * multiprocessors(total.device)))
     parts = total.new_empty(programs, 4, width, dtype=torch.float32)
     _backward_kernel[(programs,)](
         grad.contiguous(), None if through is None else through.contiguous(), total, weight, mean, rstd,
         dx, parts, rows, width, programs,
-        ROWS=together, COLUMNS=columns, num_warps=warps,
+        ROWS=together, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
     return dx, add_parts(parts, weight.dtype)
 
