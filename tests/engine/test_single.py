@@ -2,15 +2,18 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +35,9 @@ from tests.engine.test_agreement import (
     reference,
     update_error,
 )
+
+if TYPE_CHECKING:
+    from tests.conftest import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -281,6 +287,32 @@ def test_what_one_device_cannot_do_is_refused(world: World) -> None:
     config.speed.kernels, config.speed.cuda_graph = "auto", "step"
     with pytest.raises(ConfigError, match="cuda_graph step needs a GPU, and this trains on the CPU"):
         start_learner(build_model(config), config, world)
+
+
+def test_the_command_resumes_under_another_stage(
+    trainer_at: "Callable[[Path], Trainer]", tmp_path: Path
+) -> None:
+    trainer = trainer_at(tmp_path)
+    trainer("speed.zero_stage=0").check()
+    assert trainer.saved_steps == [5, 10]
+    last = trainer.run / "checkpoints" / "step_00000010"
+    alone = load_file(last / "student.safetensors"), load_file(last / "target.safetensors")
+    shutil.rmtree(last)
+    assert "Resuming at step 5 of 10" in trainer("speed.zero_stage=1").check().out
+    for one, name in zip(alone, ("student", "target"), strict=True):
+        zero = load_file(last / f"{name}.safetensors")
+        for key, tensor in one.items():
+            if not key.endswith("attn.qkv.bias"):  # of the key's third, Adam makes steps out of rounding
+                torch.testing.assert_close(tensor, zero[key], rtol=1e-3, atol=1e-5)
+
+
+def test_the_command_stops_when_gradients_stay_infinite(
+    trainer_at: "Callable[[Path], Trainer]", tmp_path: Path
+) -> None:
+    failed = trainer_at(tmp_path)("speed.zero_stage=0", "optim.lr=1e30", "optim.start_lr=1e30").check(1)
+    assert failed.out.count("the gradients are not finite; the weights stay as they were") == 3
+    assert len(failed.errors) == 1
+    assert "not finite" in failed.errors[0]
 
 
 WITHOUT_DEEPSPEED = """
