@@ -222,6 +222,7 @@ class Experiment:
             running[id(lane)] = one, lane, bank, queries
 
         def after_round(part: int, lane: Lane) -> None:
+            self.collect()  # what earlier runs have left open
             one, _, bank, queries = running[id(lane)]
             due = part in [max(1, round(ROUNDS * at)) for at in one.task.probe_at]
             if due and lane.done > (one.judged[-1][0] if one.judged else 0):
