@@ -5,7 +5,9 @@ comes in is copied to where the graph reads it, and what comes out lies where th
 Nothing of a step may come from the host: its rates and its counts are on the device.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,11 +137,24 @@ def graph_parts(model: JEPA, images: Tensor, masks: Masks) -> None:
     }
     bare = tuple(map(_Bare, arguments))
     # Captured in the order that they run in, and backward in the reverse: they share memory.
-    torch.cuda.make_graphed_callables(bare, tuple(arguments.values()))
+    _make_graphed(bare, tuple(arguments.values()))
     for (module, sample), graphed in zip(arguments.items(), bare, strict=True):
         _replace_forward(module, graphed, sample)
     target = Graphed(lambda pixels, fields: hidden_of(pixels, Masks(**fields)))
     setattr(model, "target_hidden", lambda pixels, masks: target(pixels, vars(masks)))  # noqa: B010
+
+
+def _make_graphed(modules: tuple[nn.Module, ...], arguments: tuple[tuple[Tensor, ...], ...]) -> None:
+    make = torch.cuda.make_graphed_callables
+    if "capture_error_mode" in inspect.signature(make).parameters:
+        make(modules, arguments, capture_error_mode=_CAPTURE_MODE)
+        return
+    capture = torch.cuda.graph  # torch 2.11 gives no say in it
+    setattr(torch.cuda, "graph", partial(capture, capture_error_mode=_CAPTURE_MODE))  # noqa: B010
+    try:
+        make(modules, arguments)
+    finally:
+        setattr(torch.cuda, "graph", capture)  # noqa: B010
 
 
 def _replace_forward(module: nn.Module, graphed: nn.Module, sample: tuple[Tensor, ...]) -> None:

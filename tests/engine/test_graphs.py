@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from fastjepa.config import ConfigError, parse_config
+from fastjepa.engine import graphs
+from fastjepa.engine.build import build_model
 from fastjepa.engine.graphs import WARM_UP, Graphed, GraphedStep
 from fastjepa.masks import Masks
-from fastjepa.objectives import Step
+from fastjepa.objectives import JEPA, Step
+from tests.engine.test_agreement import Case, config_of, loader_of
 
 
 class Recorded:
@@ -115,6 +118,44 @@ def test_a_step_s_loss_outlives_the_next_step() -> None:
         assert torch.equal(out.hidden, images)
         assert float(out.loss) == expected[-1]
     assert [float(loss) for loss in losses] == expected
+
+
+def test_parts_run_where_they_fit_and_the_modules_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def make(modules: tuple[Any, ...], _arguments: Any) -> None:
+        for module in modules:
+
+            def graphed(
+                *tensors: Tensor, inner: Any = module.inner.forward, name: str = type(module.inner).__name__
+            ) -> Any:
+                calls.append(name)
+                return inner(*tensors)
+
+            module.forward = graphed
+
+    monkeypatch.setattr(graphs, "_make_graphed", make)
+    monkeypatch.setattr(graphs, "Graphed", lambda function: function)
+    config = config_of(Case(1, 0, 1))
+    model, batches = build_model(config), loader_of(config)
+    assert isinstance(model, JEPA)
+    images, masks = (batch := next(batches)).images, batch.masks
+    expected = model.step(model.trainable(), images, masks).loss
+    graphs.graph_parts(model, images, masks)
+    other = next(batches)
+    for given in (batch, other):
+        loss = model.step(model.trainable(), given.images, given.masks).loss
+        assert given is other or torch.equal(loss, expected)
+        loss.backward()
+        assert calls == ["VisionTransformer", "Predictor"]
+        calls.clear()
+    assert all(parameter.grad is not None for parameter in model.trainable().parameters())
+    with torch.no_grad():
+        model.encoder(images, masks.context)
+    model.encoder(images[:4])
+    model.encoder(images, masks.context, final_norm=False)
+    model.predictor(model.encoder(images[:4], masks.context[:4]), masks.context[:4], masks.targets[:, :4])
+    assert not calls
 
 
 @pytest.mark.parametrize(
