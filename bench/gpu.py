@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +65,17 @@ def run(task: Task, limit_s: float) -> int:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    for wait_s, stop in ((limit_s, signal.SIGINT), (_GRACE_S, signal.SIGKILL)):
-        try:
-            return process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, stop)
-    return process.wait()
+    try:
+        for wait_s in (limit_s, _GRACE_S):
+            try:
+                return process.wait(wait_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGINT)
+        return 1
+    finally:  # with what it has started; nothing is left where it ended by itself
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

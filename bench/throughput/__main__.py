@@ -36,10 +36,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}, by commas")
     parser.add_argument("--batch", help="images of a step, one number or one for each size by commas")
     parser.add_argument("--rows", default="all", help="main, switch, all, or names of rows, by semicolons")
-    parser.add_argument("--rounds", type=int, default=6, help="of which the table has medians")
+    parser.add_argument("--rounds", type=int, help="of which the table has medians: 6 on a GPU, 5 on a CPU")
     parser.add_argument("--steps", type=int, default=4, help="of a row in a round, at most")
     parser.add_argument(
-        "--draws", type=int, default=12, help="batches of masks that are gone through in turn"
+        "--draws", type=int, help="batches of masks, gone through in turn: 12 on a GPU, 5 on a CPU"
     )
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for everything, about")
     parser.add_argument("--row-limit-s", type=float, default=150.0, help="to build a row and warm it up")
@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the results, bench/results by default")
     asked = parser.parse_args(arguments)
     on_gpu = asked.device == "cuda"
+    asked.rounds, asked.draws = asked.rounds or (6 if on_gpu else 5), asked.draws or (12 if on_gpu else 5)
     asked.sizes = (
         asked.sizes or ("toy" if asked.quick else "base,large,huge" if on_gpu else "small-6")
     ).split(",")

@@ -148,8 +148,11 @@ class Race:
         step = one.step
         assert step is not None
         numbers = range(turn * steps, (turn + 1) * steps)
-        one.host.append(host_seconds_of(lambda: step(numbers[0]), self.device))
+        if self.device.type == "cuda":
+            one.host.append(host_seconds_of(lambda: step(numbers[0]), self.device))
         one.laps.append(seconds_of(lambda: [step(n) for n in numbers], self.device) / steps)
+        if self.device.type == "cpu":  # which is the host
+            one.host.append(one.laps[-1])
 
     def _build(self, one: Contestant, look: bool) -> None:
         on_gpu = self.device.type == "cuda"
@@ -160,7 +163,8 @@ class Race:
             torch.cuda.reset_peak_memory_stats()
         one.step = step = one.entry.build(self.inputs)
         # Every shape that is to come, so that nothing is compiled or chosen when time is taken.
-        for number in range(self.inputs.setting.draws if look else 2):
+        many = look and (one.entry.compiles or self.device.type == "cuda")
+        for number in range(self.inputs.setting.draws if many else 2):
             step(number)
         wait_for(self.device)
         one.built_s = time.monotonic() - start_s
@@ -215,7 +219,7 @@ class Race:
                 do()
         except Exception as failure:
             one.red = first_line(failure)
-            del failure  # with its traceback go the tensors of its frames
+        if one.red:  # and the traceback is gone, whose frames held tensors
             self._free(one)
 
     def _race_s(self, steps: int) -> float:

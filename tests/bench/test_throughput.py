@@ -190,7 +190,7 @@ def test_every_row_has_the_same_steps_in_the_same_round(inputs: Inputs) -> None:
         race.add(entry(name, ran[name].append))
         ran[name].clear()
     race.run()
-    assert ran["a"] == ran["b"] == [0, 0, 1, 2, 2, 3, 4, 4, 5], "first one for the host, then those timed"
+    assert ran["a"] == ran["b"] == [0, 1, 2, 3, 4, 5]
     assert [len(one.laps) for one in race.contestants] == [3, 3]
     assert len(race.gauge.gemm_s) == 3
 
@@ -204,7 +204,7 @@ def test_a_row_that_fails_says_so_and_the_others_go_on(inputs: Inputs) -> None:
     def breaks_later(_number: int) -> None:
         nonlocal calls
         calls += 1
-        if calls > TOY.draws + 6:
+        if calls > 6:
             raise ValueError("odd")
 
     race = race_of(inputs)
