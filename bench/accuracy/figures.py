@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.accuracy.corruptions import KINDS, corrupt
 from bench.accuracy.plan import LEARNERS, TRAINED, Condition
@@ -33,6 +34,9 @@ def against_cost(results: Sequence[Result], cost: Callable[[CurvePoint], float],
                 style = {"color": _COLOURS[learner], "linestyle": _DASHES[learner], "label": _name(learner)}
                 axes.axhline(100 * band.mean, linewidth=1.2, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         _tidy(axes, title, label, "top-1 accuracy, %")
     return figure
 

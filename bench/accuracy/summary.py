@@ -118,17 +118,19 @@ def at_cost(points: Sequence[CurvePoint], cost: Cost, value: float) -> Band | No
 
 
 def seconds_to(points: Sequence[CurvePoint], accuracy: float) -> float | None:
-    """When the mean over seeds first comes to an accuracy; None if never.
+    """When the mean over seeds comes to an accuracy below which it does not fall again; None if never.
 
     The first judgement is the earliest time that can be told.
     """
-    if points and points[0].accuracy.mean >= accuracy:
+    below = [i for i, point in enumerate(points) if point.accuracy.mean < accuracy]
+    after = below[-1] + 1 if below else 0
+    if after >= len(points):
+        return None
+    if after == 0:
         return points[0].seconds
-    for before, after in itertools.pairwise(points):
-        low, high = before.accuracy.mean, after.accuracy.mean
-        if low < accuracy <= high and before.seconds > 0:
-            return before.seconds * (after.seconds / before.seconds) ** ((accuracy - low) / (high - low))
-    return None
+    first, last = points[after - 1], points[after]
+    part = (accuracy - first.accuracy.mean) / (last.accuracy.mean - first.accuracy.mean)
+    return first.seconds * (last.seconds / first.seconds) ** part
 
 
 # ------------------------------------------------------------------------------------------- sentences
@@ -193,7 +195,7 @@ def _on_clean_images(results: Sequence[Result], measure: Measure) -> list[str]:
     wanted = min(band.mean for band in bands.values())
     times = {name: seconds_to(points, wanted) for name, points in curves.items()}
     needed = " and ".join(f"{NAMES[name]} {time:.2g} s" for name, time in times.items() if time is not None)
-    said.append(f"To {100 * wanted:.1f} %, which both come to, it took {needed}.")
+    said.append(f"To {100 * wanted:.1f} %, where both stay, it took {needed}.")
     best = max(bands, key=lambda name: bands[name].mean)
     for baseline in ("pixels", "untrained"):
         band = final(results, baseline, Condition(), measure)

@@ -252,15 +252,15 @@ def test_a_curve_is_read_between_its_points(
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), fractions)
-def test_the_time_to_an_accuracy_is_where_the_curve_first_passes_it(
+def test_the_time_to_an_accuracy_is_where_the_curve_comes_to_stay_above_it(
     means: list[float], wanted: float
 ) -> None:
     points = [CurvePoint(2.0**i, 1, Band(mean, mean, mean, 2)) for i, mean in enumerate(means)]
     found = summary.seconds_to(points, wanted)
-    assert (found is None) == (max(means) < wanted)
+    assert (found is None) == (means[-1] < wanted)
     if found is not None:
-        first = next(point.seconds for point in points if point.accuracy.mean >= wanted)
-        assert first / 2 <= found <= first or found == first == 1
+        assert all(point.accuracy.mean >= wanted for point in points if point.seconds > found * (1 + 1e-9))
+        assert found == 1 or any(p.accuracy.mean < wanted and found < 2.0001 * p.seconds for p in points)
 
 
 def result(learner: str, seed: int, condition: Condition, linear: float | None) -> Result:
@@ -313,7 +313,7 @@ def test_who_is_faster_is_said_in_seconds() -> None:
     results = [run("jepa", s, [0.1, 0.5, 0.7, 0.9]) for s in (0, 1)]
     results += [run("mae", s, [0.1, 0.2, 0.3, 0.5]) for s in (0, 1)]
     said = " ".join(summary.verdict(results))
-    assert "To 50.0 %, which both come to, it took I-JEPA 2 s and MAE 8 s." in said
+    assert "To 50.0 %, where both stay, it took I-JEPA 2 s and MAE 8 s." in said
     assert "8 s of training each: I-JEPA is ahead of MAE, 90.0" in said
 
 
