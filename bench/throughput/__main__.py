@@ -36,6 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", help=f"some of {', '.join(SHAPES)}, by commas")
     parser.add_argument("--batch", help="images of a step, one number or one for each size by commas")
     parser.add_argument("--rows", default="all", help="main, switch, all, or names of rows, by semicolons")
+    parser.add_argument("--no-compile", action="store_true", help="leave out rows that torch.compile makes")
     parser.add_argument("--rounds", type=int, help="of which the table has medians: 6 on a GPU, 5 on a CPU")
     parser.add_argument("--steps", type=int, default=4, help="of a row in a round, at most")
     parser.add_argument(
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"no such size: {', '.join(unknown)}; there are {', '.join(SHAPES)}")
     batches = [
-        int(n) for n in (asked.batch or ("4" if asked.quick else "128" if on_gpu else "32")).split(",")
+        int(n) for n in (asked.batch or ("4" if asked.quick else "128" if on_gpu else "16")).split(",")
     ]
     if len(batches) not in (1, len(asked.sizes)) or min(batches) < 1:
         parser.error(
@@ -71,9 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     else:  # what is quick is no measurement, and written only where it is told to
         asked.results = asked.results or RESULTS
     try:
-        asked.entries = chosen(asked.rows.split(";"))
+        entries = chosen(asked.rows.split(";"))
     except ValueError as error:
         parser.error(str(error))
+    asked.entries = [entry for entry in entries if not (asked.no_compile and entry.compiles)]
     return asked
 
 

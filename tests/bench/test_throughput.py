@@ -138,6 +138,7 @@ def test_every_row_of_ours_is_a_configuration_on_a_gpu() -> None:
 def test_rows_are_chosen_by_group_or_name_and_those_that_compile_come_last() -> None:
     assert {e.group for e in chosen(["main"])} == {"main"}
     assert [e.name for e in chosen([IJEPA])] == [IJEPA]
+    assert not any(e.compiles for e in parse(["--device", "cpu", "--no-compile"]).entries)
     compiles = [e.compiles for e in chosen(["all"])]
     assert compiles == sorted(compiles)
     assert len(compiles) == len(entries())
