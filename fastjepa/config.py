@@ -128,13 +128,14 @@ class ProbeConfig:
 
 @dataclass
 class SpeedConfig:
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal["auto", 0, 1, 2] = "auto"  # auto: 0, without DeepSpeed, on one device, else 1
     accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
     kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred of every op
     fused_blocks: bool = True  # a block is one forward and one backward pass, written out by hand
     compile: bool = False  # torch.compile for each block, instead of the fused ones
-    cuda_graph: Literal["none", "parts", "step"] = "none"  # budget masks; "step" at stage 0 on one device
+    # parts: budget masks; step: at stage 0 on one device, which auto means wherever it can be.
+    cuda_graph: Literal["auto", "none", "parts", "step"] = "auto"
     skip_dead_work: bool = True  # compute no token of a last block that nothing reads
     target_precision: Literal["auto", "bf16", "fp8"] = "auto"  # of the no-gradient pass; auto: the student's
     target_stream: bool = False  # the target encoder runs beside the context encoder
@@ -356,12 +357,12 @@ def _check(config: Config) -> None:
 def _check_graphs(config: Config) -> None:
     """A CUDA graph repeats the same work on the same memory."""
     speed, kind = config.speed, config.speed.cuda_graph
-    if kind == "none":
+    if kind in ("auto", "none"):
         return
-    if config.objective.name == "jepa" and config.masks.mode != "budget":
+    if config.objective.name == "jepa" and config.masks.mode != "budget" and kind == "parts":
         raise ConfigError(
             f"speed.cuda_graph {kind} needs masks.mode budget, whose shapes never change, got "
-            f"{config.masks.mode}: use that mode, or speed.cuda_graph none"
+            f"{config.masks.mode}: use that mode, or speed.cuda_graph step"
         )
     if config.objective.name != "jepa" and kind == "parts":
         raise ConfigError("speed.cuda_graph parts is for objective.name jepa: use step or none")
@@ -371,7 +372,7 @@ def _check_graphs(config: Config) -> None:
         )
     if speed.device == "cpu":
         raise ConfigError(f"speed.cuda_graph {kind} needs a GPU, and speed.device is cpu: use none")
-    if kind == "step" and speed.zero_stage != 0:
+    if kind == "step" and speed.zero_stage not in ("auto", 0):
         raise ConfigError(
             f"speed.cuda_graph step needs speed.zero_stage 0 on one device, got stage {speed.zero_stage}: "
             "use that stage, or parts"

@@ -135,15 +135,18 @@ def collect(clock: Clock) -> None:
             torch.cuda.empty_cache()
 
 
-def measure(session: Session, scale: Scale, dtype: torch.dtype, budget_s: float) -> None:
+def measure(session: Session, scale: Scale, dtype: torch.dtype, budget_s: float, only: str = "") -> None:
+    """Those ops with `only` in their names."""
     modules = (bench_attention, *BOUND_BY_MEMORY)
     print("## Correctness\n", flush=True)
     checks = [case for each in DTYPES for module in modules for case in module.cases("small", each)]
-    check_all(session, checks, CHECKS * budget_s)
+    check_all(session, [case for case in checks if only in case.op], CHECKS * budget_s)
     print("\n## Attention\n", flush=True)
-    race_all(session, bench_attention.cases(scale, dtype), ATTENTION * budget_s)
+    attention = [case for case in bench_attention.cases(scale, dtype) if only in case.op]
+    race_all(session, attention, ATTENTION * budget_s)
     print("## Bound by memory\n", flush=True)
-    race_all(session, [case for m in BOUND_BY_MEMORY for case in m.cases(scale, dtype)], MEMORY * budget_s)
+    others = [case for m in BOUND_BY_MEMORY for case in m.cases(scale, dtype) if only in case.op]
+    race_all(session, others, MEMORY * budget_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tables", type=Path, help="folder of the tables, that of fastjepa_kernels by default"
     )
+    parser.add_argument("--only", default="", help="ops with this in their names")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that it may take, about")
     asked = parser.parse_args(arguments)
     if not asked.quick:  # which is no measurement, and written only where it is told to
@@ -177,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
     try:
-        measure(session, "small" if asked.quick else "gpu", dtype, asked.budget_s)
+        measure(session, "small" if asked.quick else "gpu", dtype, asked.budget_s, asked.only)
     finally:  # whatever ends it, what was measured is kept: a GPU is not always to be had
         print("## Summary\n\n" + summary(session.rows) + "\n")
         print("".join(f"not measured: {line}\n" for line in session.left_out))

@@ -22,6 +22,7 @@ from bench.kernels.memory import peak_bytes
 from bench.throughput.entries import Entry, Step
 from bench.throughput.gauges import Gauge, host_seconds_of, seconds_of, trace, wait_for
 from bench.throughput.setting import Inputs
+from fastjepa.engine.graphs import WARM_UP
 
 _MOST_MEMORY = 0.9  # of the device, that may be planned with
 
@@ -163,8 +164,9 @@ class Race:
             torch.cuda.reset_peak_memory_stats()
         one.step = step = one.entry.build(self.inputs)
         # Every shape that is to come, so that nothing is compiled or chosen when time is taken.
-        many = look and (one.entry.compiles or self.device.type == "cuda")
-        numbers = range(self.inputs.setting.draws if many else 2)
+        captures = one.entry.is_graph and on_gpu  # for each shape, after its first steps
+        many = captures or (look and (one.entry.compiles or on_gpu))
+        numbers = [*range(self.inputs.setting.draws if many else 2)] * (WARM_UP + 2 if captures else 1)
         took_s = [seconds_of(partial(step, number), self.device) for number in numbers]
         one.built_s = time.monotonic() - start_s
         if not look:

@@ -1,8 +1,9 @@
 """CUDA graphs of a training step: the host launches one graph where it launched a thousand kernels.
 
-A graph repeats the same kernels on the same memory. So shapes may not change (masks of mode `budget`), what
-comes in is copied to where the graph reads it, and what comes out lies where the next replay will write.
-Nothing of a step may come from the host: its rates and its counts are on the device.
+A graph repeats the same kernels on the same memory. So shapes may not change, what comes in is copied to
+where the graph reads it, and what comes out lies where the next replay will write. Nothing of a step may come
+from the host: its rates and its counts are on the device. Masks of mode `budget` have one shape; those of the
+others are brought to one of few, and there is a graph for each.
 """
 
 import inspect
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastjepa.masks import Masks
+from fastjepa.masks.buckets import in_buckets
 from fastjepa.objectives import JEPA, Step
 
-WARM_UP = 3  # calls before the capture: kernels are compiled, caches and workspaces filled
+WARM_UP = 3  # calls before the first capture: kernels are compiled, caches and workspaces filled
 # Other threads (of the loader, of pinned memory) go on calling CUDA while a graph is captured.
 _CAPTURE_MODE = "thread_local"
 
@@ -25,16 +27,22 @@ _CAPTURE_MODE = "thread_local"
 class Graphed:
     """A function of tensors as one CUDA graph, for the shapes that it is first called with.
 
-    The first `WARM_UP` calls run as they are, on a stream of their own. Then one is captured, which computes
-    nothing, and every call from that one on is a replay: no call is lost, none is done twice.
+    The first calls run as they are, on a stream of their own. Then one is captured, which computes nothing,
+    and every call from that one on is a replay: no call is lost, none is done twice.
 
     Args:
         function: takes and gives any nest of tensors; tensors that it reads or writes besides must stay
             where they are in memory.
+        warm_up: how many calls run as they are.
+        shared: what several graphs of which one runs at a time have in common.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], warm_up: int = WARM_UP, shared: "Shared | None" = None
+    ) -> None:
         self.function = function
+        self.warm_up = warm_up
+        self._shared = shared
         self._calls = 0
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -50,8 +58,10 @@ class Graphed:
         leaves, structure = tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not self._inputs:
-            self._inputs = [torch.empty_like(tensor) for tensor in tensors]
-            self._stream = torch.cuda.Stream()
+            if self._shared is None:
+                self._shared = Shared()
+            self._inputs = [self._shared.input(place, tensor) for place, tensor in enumerate(tensors)]
+            self._stream = self._shared.stream
         for static, given in zip(self._inputs, tensors, strict=True):
             if static.shape != given.shape or static.dtype != given.dtype:
                 raise ValueError(
@@ -63,11 +73,14 @@ class Graphed:
             held = iter(self._inputs)
             own = [next(held) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             inputs = tree_unflatten(own, structure)
-            if self._calls < WARM_UP:
+            if self._calls < self.warm_up:
                 self._calls += 1
                 return self._run_beside(inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=_CAPTURE_MODE):
+            graph, shared = torch.cuda.CUDAGraph(), self._shared
+            assert shared is not None, "made with the inputs"
+            with torch.cuda.graph(
+                graph, pool=shared.pool, stream=self._stream, capture_error_mode=_CAPTURE_MODE
+            ):
                 self._result = self.function(*inputs)
             self._graph = graph
         self._graph.replay()
@@ -83,23 +96,50 @@ class Graphed:
         return result
 
 
+class Shared:
+    """A stream, a pool of memory and input buffers, of graphs of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._inputs: dict[tuple[Any, ...], Tensor] = {}
+
+    def input(self, place: int, like: Tensor) -> Tensor:
+        """Where graphs read a tensor of this shape, as the argument of this number."""
+        key = (place, like.shape, like.dtype)
+        if key not in self._inputs:
+            self._inputs[key] = torch.empty_like(like)
+        return self._inputs[key]
+
+
 class GraphedStep:
-    """A whole training step as one graph.
+    """A whole training step as one graph, or as one for each of few shapes.
 
     Args:
         step: forward, backward and update on one micro-batch: images and masks to its loss and more.
+        buckets: bring masks to few shapes first; those of mode `budget` have one already.
     """
 
-    def __init__(self, step: Callable[[Tensor, Masks], tuple[Tensor, Step]]) -> None:
+    def __init__(self, step: Callable[[Tensor, Masks], tuple[Tensor, Step]], buckets: bool = False) -> None:
         def on_tensors(images: Tensor, masks: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
             loss, out = step(images, Masks(**masks))  # type: ignore[arg-type]
             return loss, vars(out)
 
-        self._graphed = Graphed(on_tensors)
+        self._on_tensors, self._buckets = on_tensors, buckets
+        self._by_shape: dict[Any, Graphed] = {}
+        self._shared: Shared | None = None
 
     def __call__(self, images: Tensor, masks: Masks) -> tuple[Tensor, Step]:
         """The loss, for good; hidden states and predictions until the next step."""
-        loss, out = self._graphed(images, vars(masks))
+        fields = vars(in_buckets(masks) if self._buckets else masks)
+        shapes = [v.shape if isinstance(v, Tensor) else v for v in fields.values()]
+        key = (images.shape, *shapes)
+        if key not in self._by_shape:
+            self._shared = self._shared or Shared()
+            # Kernels and workspaces are there after the first; one call more, for what goes by shape.
+            warm_up = 1 if self._by_shape else WARM_UP
+            self._by_shape[key] = Graphed(self._on_tensors, warm_up, self._shared)
+        loss, out = self._by_shape[key](images, fields)
         loss = loss.clone()
         return loss, Step(**out | {"loss": loss})
 
@@ -168,7 +208,8 @@ def _replace_forward(module: nn.Module, graphed: nn.Module, sample: tuple[Tensor
             isinstance(tensor, Tensor) and tensor.shape == like.shape and tensor.dtype == like.dtype
             for tensor, like in zip(given, sample, strict=True)
         )
-        if fits and not keywords and torch.is_grad_enabled() and module.training:
+        as_captured = all(value is None for value in keywords.values())
+        if fits and as_captured and torch.is_grad_enabled() and module.training:
             return graphed(*given)
         return original(*arguments, **keywords)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -145,7 +145,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The generated DeepSpeed configuration, with the file's own `deepspeed` section merged last."""
     bf16 = config.optim.precision == "bf16"
-    stage = config.speed.zero_stage
+    stage = 1 if config.speed.zero_stage == "auto" else config.speed.zero_stage
     if bf16 and stage == 0 and config.speed.accumulation > 1 and world_size > 1:
         raise ConfigError(
             "bf16 with speed.zero_stage 0 on several ranks would sum the gradients of micro-batches in bf16 "
@@ -176,7 +176,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def is_single(config: Config, world: World) -> bool:
     """Whether training needs no DeepSpeed: one device, and nothing to be cut."""
-    return world.size == 1 and config.speed.zero_stage == 0
+    # A section of its settings is for it to be used.
+    stages = ("auto", 0) if not config.deepspeed else (0,)
+    return world.size == 1 and config.speed.zero_stage in stages
+
+
+def cuda_graph_of(config: Config, world: World) -> Literal["none", "parts", "step"]:
+    """What is captured: what was asked for, or with auto the whole step where one graph can hold it."""
+    speed = config.speed
+    if speed.cuda_graph != "auto":
+        return speed.cuda_graph
+    whole = is_single(config, world) and world.device.type == "cuda" and speed.accumulation == 1
+    return "step" if whole and not speed.checkpoint_blocks and not speed.compile else "none"
 
 
 def check_speed(config: Config, world: World) -> None:
@@ -187,7 +198,7 @@ def check_speed(config: Config, world: World) -> None:
     """
     speed = config.speed
     micro_batch(config, world.size)
-    if speed.cuda_graph != "none" and world.device.type != "cuda":
+    if speed.cuda_graph not in ("auto", "none") and world.device.type != "cuda":
         raise ConfigError(
             f"speed.cuda_graph {speed.cuda_graph} needs a GPU, and this trains on the "
             f"{world.device.type.upper()}: use none"

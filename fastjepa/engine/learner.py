@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine.graphs import GraphedStep, graph_parts
-from fastjepa.engine.launch import World, check_speed, start_engine
+from fastjepa.engine.launch import World, check_speed, cuda_graph_of, start_engine
 from fastjepa.engine.partitions import (
     MOMENTS,
     Partition,
@@ -42,6 +42,7 @@ class Learner:
         target: the target encoder's shadow; None for MAE.
         follows_apart: the target encoder is moved after the update, not in the same launch.
         cuda_graph: what is captured, if anything.
+        buckets: masks are brought to few shapes, of which each is captured.
         grad_norm: of the last step, before clipping.
     """
 
@@ -51,6 +52,7 @@ class Learner:
     target: ShardedTarget | None
     follows_apart: bool = True
     cuda_graph: Literal["none", "parts", "step"] = "none"
+    buckets: bool = False
     grad_norm: Tensor | float = 0.0
     _told: Told = field(default_factory=lambda: Told(0, 0))  # under DeepSpeed, which tells at once
     _graphed_step: GraphedStep | None = field(default=None, repr=False)
@@ -111,7 +113,8 @@ class Learner:
         engine.set_rates(rates)
         if self.cuda_graph == "step":
             if self._graphed_step is None:
-                self._graphed_step = GraphedStep(lambda *inputs: self._on_device(engine, [inputs]))
+                on_device = lambda *inputs: self._on_device(engine, [inputs])  # noqa: E731
+                self._graphed_step = GraphedStep(on_device, self.buckets)
             (batch,) = micro_batches
             result = self._graphed_step(batch.images, batch.masks)
         else:
@@ -204,7 +207,8 @@ def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:
             engine.follow(target.shadow, target.working)
             apart = False
     apply_speed(model, config, world.device)
-    learner = Learner(model, engine, partitions, target, apart, config.speed.cuda_graph)
+    buckets = isinstance(model, JEPA) and config.masks.mode != "budget"
+    learner = Learner(model, engine, partitions, target, apart, cuda_graph_of(config, world), buckets)
     # The masters came by way of the network's precision; these have all their bits.
     learner.load(student, target_weights, {}, updates=0)
     return learner

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastjepa.data.loader import Batch
 from fastjepa.engine.launch import World
 from fastjepa.evaluation.collapse import (
     CollapseSigns,
@@ -13,8 +14,7 @@ from fastjepa.evaluation.collapse import (
     rankme,
     token_std,
 )
-from fastjepa.masks import Masks
-from fastjepa.objectives import Step
+from fastjepa.objectives import JEPA, MAE, Step
 
 RANK_TOKENS = 4096  # tokens whose effective rank is taken: several times any width
 
@@ -48,12 +48,12 @@ class Recorder:
     world: World
     earlier: tuple[float, ...] = ()
     _losses: list[Tensor] = field(default_factory=list)
-    _last: tuple[Step, Masks] | None = None
+    _last: tuple[Step, Batch] | None = None
 
-    def add(self, loss: Tensor, last: Step, masks: Masks) -> None:
-        """Note the loss of an optimizer step, and what its last micro-batch, with `masks`, gave."""
+    def add(self, loss: Tensor, last: Step, batch: Batch) -> None:
+        """Note the loss of an optimizer step, and what its last micro-batch gave."""
         self._losses.append(loss)
-        self._last = last, masks
+        self._last = last, batch
 
     def losses(self) -> tuple[float, ...]:
         """Of the steps since the last `read`, means over ranks (every rank must call this)."""
@@ -61,11 +61,12 @@ class Recorder:
             return self.earlier
         return (*self.earlier, *self.world.mean(torch.stack(self._losses)).tolist())
 
-    def read(self) -> Interval:
+    def read(self, model: JEPA | MAE) -> Interval:
         """What the last step shows, and begin a new interval."""
         assert self._last is not None, "read after at least one step"
-        step, masks = self._last
-        features = step.features()  # [B, n, D]
+        step, batch = self._last
+        masks = batch.masks
+        features = model.watched(step, batch.images)  # [b, n, D]
         tokens = features.flatten(0, 1)[:RANK_TOKENS]  # [B n, D]
         predicted = step.prediction.flatten(0, -2)  # [M B P, D]
         measures = torch.stack(

@@ -180,7 +180,7 @@ class Run:
         Raises:
             NonFinite: the gradients of the last few steps were not.
         """
-        self.recorder.add(loss, last, micro_batches[-1].masks)
+        self.recorder.add(loss, last, micro_batches[-1])
         for batch in micro_batches:
             self.unreadable.update(batch.unreadable)
         step = self.position.step + 1
@@ -203,7 +203,7 @@ class Run:
             NonFinite: a loss was not; the message names the step and its images.
         """
         losses = self._finite_losses()
-        interval = self.recorder.read()
+        interval = self.recorder.read(learner.model)
         lap = self.clock.lap()
         self.position = replace(self.position, train_s=self.position.train_s + lap.train_s)
         row: dict[str, float | int] = {

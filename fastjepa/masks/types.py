@@ -19,6 +19,7 @@ class Masks:
         asked_rows: int64 [R], the rows of the stream of all images' patches that targets name; None if nobody
             looked for them.
         asked_places: int64 [M, B, P], where each target token is among asked_rows.
+        longest: of packed contexts, a bound of their lengths that is known on the host; None for the grid.
     """
 
     context: Tensor
@@ -26,6 +27,7 @@ class Masks:
     cu_seqlens: Tensor | None = None
     asked_rows: Tensor | None = None
     asked_places: Tensor | None = None
+    longest: int | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Masks":
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -43,6 +45,7 @@ class Masks:
             changed(self.cu_seqlens),
             changed(self.asked_rows),
             changed(self.asked_places),
+            self.longest,
         )
 
 

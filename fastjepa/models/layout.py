@@ -87,7 +87,7 @@ def dense_layout(blocks: int, batch: int, kept: int, asked: int, device: torch.d
     return Layout(sequences, rows, blocks, batch * kept, shape=(blocks, batch, kept, asked))
 
 
-def packed_layout(cu_seqlens: Tensor, seen: int, blocks: int, asked: int, grid_patches: int) -> Layout:
+def packed_layout(cu_seqlens: Tensor, seen: int, blocks: int, asked: int, longest: int) -> Layout:
     """Of contexts of unequal length. Every shape is known on the host.
 
     Context rows past cu_seqlens[-1] go behind everything, where no sequence sees them.
@@ -96,7 +96,7 @@ def packed_layout(cu_seqlens: Tensor, seen: int, blocks: int, asked: int, grid_p
         cu_seqlens: int32 [B + 1], of the context.
         seen: T, its rows.
         blocks, asked: M and P.
-        grid_patches: N, the most that a context can have.
+        longest: a bound of the contexts' lengths.
     """
     device, batch = cu_seqlens.device, cu_seqlens.numel() - 1
     starts = cu_seqlens.long()  # [B + 1]
@@ -119,5 +119,5 @@ def packed_layout(cu_seqlens: Tensor, seen: int, blocks: int, asked: int, grid_p
 
     block_starts = starts[:-1] + torch.arange(batch, device=device) * asked  # [B]
     cuts = torch.cat([(offset + block_starts).flatten(), (blocks * per_block)[None]])  # [M B + 1]
-    sequences = Sequences(cuts.int(), grid_patches + asked)
+    sequences = Sequences(cuts.int(), longest + asked)
     return Layout(sequences, asked_rows, blocks, seen, order=order, seen_rows=seen_rows)

@@ -36,7 +36,12 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(width, encoder_width)
 
     def forward(
-        self, context: Tensor, context_index: Tensor, target_index: Tensor, cu_seqlens: Tensor | None = None
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """Predict the representations at `target_index`.
 
@@ -45,6 +50,7 @@ class Predictor(nn.Module):
             context_index: [B, K] or packed [T].
             target_index: [M, B, P].
             cu_seqlens: int32 [B + 1] if packed.
+            longest: a bound of the lengths that it cuts; by default all patches of an image.
 
         Returns:
             [M, B, P, D].
@@ -66,7 +72,7 @@ class Predictor(nn.Module):
         if cu_seqlens is None:
             layout = dense_layout(blocks, batch, seen.shape[1], patches, seen.device)
         else:
-            layout = packed_layout(cu_seqlens, len(seen), blocks, patches, positions.shape[0])
+            layout = packed_layout(cu_seqlens, len(seen), blocks, patches, longest or len(positions))
         tokens = torch.cat([seen.reshape(-1, width), asked.reshape(-1, width)])  # [T + M B P, d]
         x, delta = self._run(tokens, layout)  # [M B P, d]
         x = self.predictor_blocks.finish(self.predictor_norm, x, delta)

@@ -117,7 +117,11 @@ class VisionTransformer(nn.Module):
         )
 
     def embed(
-        self, images: Tensor, index: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        images: Tensor,
+        index: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Sequences]:
         """Tokens with their positions, before the first block.
 
@@ -125,6 +129,7 @@ class VisionTransformer(nn.Module):
             images: [B, C, H, W] uint8, or floating point and already normalised.
             index: patches to see: [B, K], or packed [T] with `cu_seqlens`; None for all.
             cu_seqlens: int32 [B + 1].
+            longest: a bound of the lengths that it cuts; by default all patches of an image.
 
         Returns:
             x [T, D] and how it is cut into B sequences.
@@ -136,7 +141,7 @@ class VisionTransformer(nn.Module):
         if cu_seqlens is not None:
             if self.shape.class_token:
                 raise ValueError("a class token needs contexts of equal length, not cu_seqlens")
-            return x, Sequences(cu_seqlens, positions.shape[0])
+            return x, Sequences(cu_seqlens, longest or positions.shape[0])
         if self.shape.class_token:
             x = torch.cat([(self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         return x.flatten(0, 1), equal_sequences(x.shape[0], x.shape[1], x.device)
@@ -148,6 +153,7 @@ class VisionTransformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         final_norm: bool = True,
         rows: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """Encode the patches at `index`; arguments as in `embed`.
 
@@ -159,7 +165,7 @@ class VisionTransformer(nn.Module):
         Returns:
             [B, K, D] (a class token comes first), or [T, D] if packed, or [R, D] with `rows`.
         """
-        x, sequences = self.embed(images, index, cu_seqlens)
+        x, sequences = self.embed(images, index, cu_seqlens, longest)
         x, delta = self.blocks.run(x, sequences, rows)
         if final_norm:
             x = self.blocks.finish(self.norm, x, delta)

@@ -12,7 +12,7 @@ import fastjepa_kernels as fk
 from fastjepa.masks import Masks
 from fastjepa.models import Predictor, VisionTransformer
 from fastjepa.models.fp8 import Fp8Encoder
-from fastjepa.objectives.step import Step
+from fastjepa.objectives.step import WATCHED, Step
 
 
 class Student(nn.Module):
@@ -24,11 +24,16 @@ class Student(nn.Module):
         self.predictor = predictor
 
     def forward(
-        self, images: Tensor, context_index: Tensor, target_index: Tensor, cu_seqlens: Tensor | None = None
+        self,
+        images: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
-        """Predictions [M, B, P, D]; arguments as in `JEPA.loss`."""
-        context = self.encoder(images, context_index, cu_seqlens)  # [B, K, D] or [T, D]
-        return self.predictor(context, context_index, target_index, cu_seqlens)
+        """Predictions [M, B, P, D]; arguments as in `JEPA.loss`, and `longest` as in `Masks`."""
+        context = self.encoder(images, context_index, cu_seqlens, longest=longest)  # [B, K, D] or [T, D]
+        return self.predictor(context, context_index, target_index, cu_seqlens, longest)
 
 
 class JEPA(nn.Module):
@@ -93,14 +98,28 @@ class JEPA(nn.Module):
         """One forward pass, with the student run through `network` (the engine around `trainable()`)."""
         with self._beside(images):
             hidden, places = self.target_hidden(images, masks)
-        prediction = network(images, masks.context, masks.targets, masks.cu_seqlens)  # [M, B, P, D]
+        context, cut = masks.context, (masks.cu_seqlens, masks.longest)
+        prediction = network(images, context, masks.targets, *cut)  # [M, B, P, D]
         self._join(hidden)
         norm, width = self.target_encoder.norm, hidden.shape[-1]
         # Each target token is a row of one long image.
         rows, asked = hidden.view(1, -1, width), places.view(1, 1, -1)
         said = prediction.reshape(1, 1, -1, width)
         loss = fk.jepa_loss(said, rows, asked, norm.weight, norm.bias, norm.eps)
-        return Step(loss, hidden, places, prediction.detach())
+        whole = masks.asked_rows is None or not self.skip_dead_work
+        return Step(loss, prediction.detach(), hidden.view(len(images), -1, width) if whole else None)
+
+    @torch.no_grad()
+    def watched(self, step: Step, images: Tensor) -> Tensor:
+        """Of some images of a step the target encoder's tokens before its final norm: [b, N, D].
+
+        Where the step left those out that nobody predicts, this is a pass of its own: signs of collapse need
+        all places of an image, and no image more than another.
+        """
+        if step.hidden is not None:
+            return step.hidden[:WATCHED]
+        where = self.target_encoder.norm.weight.device
+        return self.target_encoder(images[:WATCHED].to(where), final_norm=False)
 
     @torch.no_grad()
     def target_hidden(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:

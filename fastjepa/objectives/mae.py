@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastjepa.masks import Masks
 from fastjepa.models import MAEDecoder, VisionTransformer
-from fastjepa.objectives.step import Step
+from fastjepa.objectives.step import WATCHED, Step
 
 PIXEL_EPS = 1e-6  # under the root of a patch's variance
 
@@ -96,7 +96,9 @@ class MAE(nn.Module):
     def step(self, network: Callable[..., tuple[Tensor, ...]], images: Tensor, masks: Masks) -> Step:
         """One forward pass, with this module run through `network` (the engine around `trainable()`)."""
         loss, prediction, hidden = network(images, masks.context, masks.targets[0], self.norm_pix_loss)
-        batch, tokens, _ = hidden.shape
-        # Of each image every token but its class token.
-        places = torch.arange(batch * tokens, device=hidden.device).view(batch, tokens)[:, 1:]
-        return Step(loss, hidden.detach().flatten(0, 1), places, prediction.detach())
+        return Step(loss, prediction.detach(), hidden.detach()[:, 1:])
+
+    def watched(self, step: Step, _images: Tensor) -> Tensor:
+        """Of some images of a step the encoder's tokens before its final norm, no class token: [b, K, D]."""
+        assert step.hidden is not None, "a step of MAE has all there are"
+        return step.hidden[:WATCHED]

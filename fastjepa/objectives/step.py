@@ -4,23 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+WATCHED = 32  # images whose features are looked at for signs of collapse
+
 
 @dataclass(frozen=True)
 class Step:
     """Attributes:
     loss: scalar, with gradient.
-    hidden: [R, D] encoder tokens before the final norm, for the measures of collapse: the target encoder's
-        for JEPA, the encoder's own for MAE. No gradient.
-    places: int64 [..., B, P], which of them are looked at, image by image; for JEPA those that are predicted.
     prediction: [..., D] what the predictor or decoder said. No gradient.
+    hidden: [B, n, D] encoder tokens before the final norm: the target encoder's for JEPA, the encoder's own
+        for MAE. No gradient. None where the pass has not computed all of them.
     """
 
     loss: Tensor
-    hidden: Tensor
-    places: Tensor
     prediction: Tensor
-
-    def features(self) -> Tensor:
-        """hidden at `places`: [B, n, D]."""
-        by_image = self.places.movedim(-2, 0).flatten(1)  # [B, n]
-        return self.hidden[by_image]
+    hidden: Tensor | None = None

@@ -30,14 +30,18 @@ class Recorded:
             compute()
 
 
+POOL = object()
+
+
 class Stream:
     def wait_stream(self, other: object) -> None:
         assert other is not self
 
 
 @contextmanager
-def capture(graph: Recorded, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+def capture(graph: Recorded, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
     assert capture_error_mode == "thread_local"
+    assert pool is POOL
     assert isinstance(stream, Stream)
     Recorded.capturing = graph
     yield
@@ -50,6 +54,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: present)
 
@@ -107,7 +112,7 @@ def test_a_step_s_loss_outlives_the_next_step() -> None:
             loss.copy_(images.sum() + masks.context.sum())
 
         compute() if Recorded.capturing is None else Recorded.capturing.replays.append(compute)
-        return loss, Step(loss, images, masks.targets, images)
+        return loss, Step(loss, images, images)
 
     graphed, losses, expected = GraphedStep(step), [], []
     for number in range(8):
@@ -115,7 +120,7 @@ def test_a_step_s_loss_outlives_the_next_step() -> None:
         loss, out = graphed(images, Masks(index, index, None, index, index))
         losses.append(loss)
         expected.append(float(images.sum() + index.sum()))
-        assert torch.equal(out.hidden, images)
+        assert torch.equal(out.prediction, images)
         assert float(out.loss) == expected[-1]
     assert [float(loss) for loss in losses] == expected
 
@@ -162,10 +167,13 @@ def test_parts_run_where_they_fit_and_the_modules_elsewhere(monkeypatch: pytest.
     ("changes", "said"),
     [
         (
-            {"masks": {"mode": "packed"}},
-            "step needs masks.mode budget, whose shapes never change, got packed",
+            {"masks": {"mode": "packed"}, "speed": {"cuda_graph": "parts"}},
+            "parts needs masks.mode budget, whose shapes never change, got packed",
         ),
-        ({"masks": {"mode": "truncate"}}, "got truncate: use that mode, or speed.cuda_graph none"),
+        (
+            {"masks": {"mode": "truncate"}, "speed": {"cuda_graph": "parts"}},
+            "got truncate: use that mode, or speed.cuda_graph step",
+        ),
         ({"speed": {"zero_stage": 1}}, "step needs speed.zero_stage 0 on one device, got stage 1"),
         ({"speed": {"accumulation": 2}}, "step captures one micro-batch, got speed.accumulation 2"),
         ({"speed": {"checkpoint_blocks": True}}, "step cannot capture speed.checkpoint_blocks"),
@@ -186,4 +194,22 @@ def test_what_a_graph_can_hold_is_taken() -> None:
     whole: dict[str, Any] = {"cuda_graph": "step", "zero_stage": 0}
     parse_config({"speed": whole})
     parse_config({"speed": whole, "objective": {"name": "mae"}, "masks": {"mode": "truncate"}})
+    for mode in ("truncate", "packed"):
+        parse_config({"speed": whole, "masks": {"mode": mode}})
     parse_config({"speed": {"cuda_graph": "parts", "zero_stage": 2, "accumulation": 4}})
+
+
+def test_masks_of_few_shapes_share_what_they_can() -> None:
+    """Of each shape the first call runs as it is (of the first shape three), the second is captured."""
+    seen: list[tuple[int, bool]] = []
+
+    def step(images: Tensor, masks: Masks) -> tuple[Tensor, Step]:
+        seen.append((len(masks.context), Recorded.capturing is not None))
+        return images.sum(), Step(images.sum(), images)
+
+    graphed, images = GraphedStep(step, buckets=True), torch.zeros(2)
+    for kept in (5, 3, 8, 7, 9, 5, 12, 16, 1):  # of two images: 16 tokens, from 9 on 32
+        graphed(images, Masks(torch.zeros(2, kept).long(), torch.zeros(1, 2, 4).long()))
+    assert seen == [(16, False)] * 3 + [(16, True), (32, False), (32, True)]
+    buffers = {id(graph._inputs[0]) for graph in graphed._by_shape.values()}
+    assert len(buffers) == 1, "one buffer of images for all"

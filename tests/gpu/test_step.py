@@ -98,6 +98,17 @@ def test_graphs_change_nothing(world: World, mode: str, precision: str, loss: fl
     assert_near(graphed, eager, case, loss, update)
 
 
+@pytest.mark.parametrize("mode", ["truncate", "packed"])
+def test_a_graph_for_each_of_few_shapes_changes_nothing(world: World, mode: str) -> None:
+    case = Case(1, 0, 1, mode)
+    graphed, eager = train(world, case, cuda_graph="step"), train(world, case, cuda_graph="none")
+    assert graphed[2].updates == 20
+    assert_near(graphed, eager, case, 1e-5, 1e-3)
+    step = graphed[2]._graphed_step
+    assert step is not None
+    assert sum(graph._graph is not None for graph in step._by_shape.values()) > 1
+
+
 def test_a_graph_holds_the_average_that_follows_apart(world: World) -> None:
     graphed = train(world, SINGLE, cuda_graph="step", fused_update=False)
     assert_near(graphed, train(world, SINGLE), SINGLE, 1e-5, 1e-3)

@@ -58,12 +58,10 @@ def test_a_step_goes_through_the_network_given() -> None:
     assert seen[0][0] is pixels
     assert torch.equal(step.loss, model.loss(pixels, drawn.context, drawn.targets))
     assert torch.equal(step.prediction, model.predict(pixels, drawn.context, drawn.targets))
-    whole = model.target_encoder(pixels)  # [B, N, D]
-    image = torch.arange(whole.shape[0])[:, None]
-    for block in drawn.targets:  # [B, P]
-        assert torch.isin(whole[image, block], model.target_encoder.norm(step.hidden)).all()
+    watched = model.watched(step, pixels)
+    assert torch.equal(model.target_encoder.norm(watched), model.target_encoder(pixels))
+    assert not watched.requires_grad
     assert step.loss.requires_grad
-    assert not step.hidden.requires_grad
     assert not step.prediction.requires_grad
 
 

@@ -33,7 +33,9 @@ def test_a_step_is_the_loss_of_its_masks() -> None:
     noise = torch.ones(2, PATCHES).scatter(1, drawn.context, 0.0)
     step = model.step(model.trainable(), images(), drawn)
     torch.testing.assert_close(step.loss, model.loss(images(), noise))
-    assert step.features().shape == (2, 6, 32), "the class token is no patch"
+    assert step.hidden is not None
+    assert step.hidden.shape == (2, 6, 32), "the class token is no patch"
+    assert torch.equal(model.watched(step, images()), step.hidden)
     assert step.prediction.shape == (2, PATCHES, 48)
     assert not step.hidden.requires_grad
     assert not step.prediction.requires_grad
