@@ -136,13 +136,12 @@ def test_an_op_that_raises_does_not_end_the_rest() -> None:
     assert [line for line in one.left_out if "out of everything" in line]
 
 
-def test_what_there_is_no_time_for_is_named_and_not_trusted() -> None:
+def test_what_there_is_no_time_for_is_named() -> None:
     one = session()
     cases = bench_gather.cases("small", torch.float32)
     gpu.check_all(one, cases, budget_s=-1)
-    assert list(one.distrusted["gather_tokens"]) == [DEFAULT]
+    assert one.distrusted == {"gather_tokens": {}}
     assert len(one.left_out) == len(cases)
-    one.distrusted.clear()
     gpu.race_all(one, cases, budget_s=-1)
     assert one.rows == []
     assert len(one.left_out) == len(cases) * 4
