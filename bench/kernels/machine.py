@@ -24,9 +24,9 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the working tree, with + if something in it is changed.
+    """Of the working tree, with + if something in it is changed; "unknown" outside of git.
 
-    FASTJEPA_COMMIT says it for a copy of the tree without its history, else it is "unknown" there.
+    FASTJEPA_COMMIT says it for a copy of a tree, which may lack its history or have an older one.
     """
 
     def git(*arguments: str) -> str:
@@ -34,10 +34,13 @@ def commit() -> str:
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    said = os.environ.get("FASTJEPA_COMMIT")
+    if said:
+        return said
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTJEPA_COMMIT", "unknown")
+        return "unknown"
 
 
 def installed(distribution: str) -> str | None:
