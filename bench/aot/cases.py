@@ -53,7 +53,7 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def cases() -> list[Case]:
     """All of them. `make test` compiles the first of each kernel, so the most usual come first."""
-    ops = (_gather, _patchify, _attention, _loss, _ema, _adamw, _quantize, _fused_quantize)
+    ops = (_gather, _patchify, _attention, _block, _loss, _ema, _adamw, _quantize, _fused_quantize)
     return [case for op in ops for case in op()]
 
 
@@ -235,6 +235,23 @@ def _ema() -> Iterator[Case]:
         arguments(FP32, FP32, working=BF16, momentum=device, first=1),
         aligned=False,
     )
+
+
+def _block() -> Iterator[Case]:
+    """Of the context encoder's tokens in `truncate`, and of the predictor's."""
+    sizes = (("B/16", 6400, 768), ("predictor", 43_000, 384), ("H/14", 8704, 1280))
+    for name, tokens, width in sizes:
+        x, weight, statistic = meta(tokens, width), meta(width), meta(tokens, dtype=FP32)
+        yield Case("add_layer_norm", name, (x, x, weight, weight, 1e-6))
+        # With it goes the kernel that adds up the parts, which stores a number a thread.
+        backward = (x, x, x, weight, weight, statistic, statistic, True)
+        yield Case("add_layer_norm_backward", name, backward, stores=False)
+    x, weight, statistic = meta(6400, 768), meta(768), meta(6400, dtype=FP32)
+    yield Case("add_layer_norm", "B/16, nothing added", (x, None, weight, weight, 1e-6))
+    backward = (x, None, x, weight, weight, statistic, statistic, False)
+    yield Case("add_layer_norm_backward", "B/16, last norm", backward, stores=False)
+    yield Case("gelu_backward_", "B/16", (meta(6400, 3072), meta(6400, 3072), True), stores=False)
+    yield Case("column_sums", "B/16 qkv", (meta(6400, 2304),), stores=False)
 
 
 def _adamw() -> Iterator[Case]:

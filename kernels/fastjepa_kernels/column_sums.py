@@ -1,21 +1,23 @@
 """Sums over the rows of a [T, K] matrix, in fp32 and in one order: the gradients of biases.
 
-A program adds up every so many rows of a block of columns, and leaves its part for a second kernel to add.
-No atomics, so the same bits every time. `gelu_backward_` takes such sums of what it writes on the way.
+A program adds up every so many rows of a block of columns, and leaves its part for a second kernel to add. No
+atomics, so the same bits every time. `gelu_backward_` takes such sums of what it writes, and can make gelu(x)
+once more, which then need not be kept.
 
-Bytes that must move: x once; for `gelu_backward_` the gradient and x in, the gradient out.
+Bytes that must move: x once; for `gelu_backward_` the gradient and x in, the gradient and gelu(x) out.
 """
 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa_kernels import choice
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import tl, triton
 
-_ROWS, _COLUMNS = 16, 256
+_ROWS, _COLUMNS = 8, 256
 _TERMS, _SUMS = 64, 32  # parts and columns in flight at a time in the second kernel
 
 # --------------------------------------------------------------------------------------- reference
@@ -25,9 +27,9 @@ def _reference(x: Tensor) -> Tensor:
     return x.sum(dim=0)
 
 
-def _gelu_reference(grad: Tensor, x: Tensor) -> Tensor:
+def _gelu_reference(grad: Tensor, x: Tensor, remake: bool) -> tuple[Tensor, Tensor | None]:
     grad.copy_(torch.ops.aten.gelu_backward(grad, x))
-    return grad.sum(dim=0)
+    return grad.sum(dim=0), F.gelu(x) if remake else None
 
 
 # ------------------------------------------------------------------------------------------ Triton
@@ -37,6 +39,7 @@ def _gelu_reference(grad: Tensor, x: Tensor) -> Tensor:
 def _parts_kernel(
     grad,  # [T, K]; overwritten with GELU
     x,  # [T, K] or None
+    active,  # [T, K] dense, or None
     parts,  # fp32 [programs, K]
     rows,
     columns,
@@ -60,6 +63,9 @@ def _parts_kernel(
             # d/du of u * cdf(u) is cdf(u) + u * pdf(u), of the normal distribution.
             cdf = 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476))
             pdf = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+            if active is not None:
+                made = (u * cdf).to(active.dtype.element_ty)
+                tl.store(active + (row * columns + column[None, :]), made, mask=inside)
             value = (value * (cdf + u * pdf)).to(grad.dtype.element_ty)
             tl.store(at, value, mask=inside)
             value = value.to(tl.float32)
@@ -102,7 +108,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _launch(grad: Tensor, x: Tensor | None) -> Tensor:
+def _launch(grad: Tensor, x: Tensor | None = None, active: Tensor | None = None) -> Tensor:
     rows, columns = grad.shape
     if rows == 0:
         return grad.new_zeros(columns)
@@ -112,6 +118,7 @@ def _launch(grad: Tensor, x: Tensor | None) -> Tensor:
     _parts_kernel[(blocks, programs)](
         grad,
         x,
+        active,
         parts,
         rows,
         columns,
@@ -126,14 +133,19 @@ def _launch(grad: Tensor, x: Tensor | None) -> Tensor:
     return add_parts(parts, grad.dtype)
 
 
-def _takes(grad: Tensor, *_rest: Tensor) -> bool:
+def _gelu_triton(grad: Tensor, x: Tensor, remake: bool) -> tuple[Tensor, Tensor | None]:
+    active = x.new_empty(x.shape) if remake else None
+    return _launch(grad, x, active), active
+
+
+def _takes(grad: Tensor) -> bool:
     return grad.dtype != torch.float64 and grad.stride(-1) == 1
 
 
-_WAYS = Ways("column_sums", Way("triton", lambda x: _launch(x, None), takes=_takes), Way("torch", _reference))
+_WAYS = Ways("column_sums", Way("triton", _launch, takes=_takes), Way("torch", _reference))
 _GELU_WAYS = Ways(
     "gelu_backward_",
-    Way("triton", _launch, takes=lambda grad, x: _takes(grad) and _takes(x)),
+    Way("triton", _gelu_triton, takes=lambda grad, x, _remake: _takes(grad) and _takes(x)),
     Way("torch", _gelu_reference),
 )
 
@@ -145,9 +157,12 @@ def column_sums(x: Tensor) -> Tensor:
     return _WAYS(choice.preference(), x.device, x)
 
 
-def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Turn `grad` [T, K], of gelu(x), into that of x [T, K] in place, and return its column sums [K].
+def gelu_backward_(grad: Tensor, x: Tensor, remake: bool) -> tuple[Tensor, Tensor | None]:
+    """Turn `grad` [T, K], of gelu(x), into that of x [T, K] in place.
 
     The exact GELU, x * cdf(x), of arXiv:1606.08415.
+
+    Returns:
+        its column sums [K], and with `remake` gelu(x) [T, K].
     """
-    return _GELU_WAYS(choice.preference(), grad.device, grad, x)
+    return _GELU_WAYS(choice.preference(), grad.device, grad, x, remake)

@@ -3,9 +3,9 @@
     total = x + delta;  normed = (total - mean) * rstd * weight + bias          statistics in fp32, over a row
 
 Bytes that must move: x and delta in, total and normed out; backward the gradients of normed and of total in,
-total in, the gradient of x out. With the rows in registers the gradients of weight and bias are sums over
-rows of what is there, and so are those of the two linear layers whose output is added before and after: no
-second pass over any of it.
+total in, the gradient of x out, and normed where it is made once more instead of kept. With the rows in
+registers the gradients of weight and bias are sums over rows of what is there, and so are those of the two
+linear layers whose output is added before and after: no second pass over any of it.
 """
 
 from typing import Any
@@ -32,16 +32,27 @@ def _reference(
 
 
 def _reference_backward(
-    grad: Tensor, through: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    # The bias is not read: only whether its gradient is wanted.
+    grad: Tensor,
+    through: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    remake: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad, total, (total.shape[1],), mean, rstd, weight, weight, [True, True, True]
+        grad, total, (total.shape[1],), mean, rstd, weight, bias, [True, True, True]
     )
+    normed = None
+    if remake:
+        wide = torch.promote_types(total.dtype, torch.float32)
+        normal = (total.to(wide) - mean.view(-1, 1)) * rstd.view(-1, 1)
+        normed = torch.addcmul(bias.to(wide), normal, weight.to(wide)).to(total.dtype)
     if through is not None:
         dx += through
     passed = torch.zeros_like(dbias) if through is None else through.sum(dim=0)
-    return dx, torch.stack([dweight, dbias, passed, dx.sum(dim=0)])
+    return dx, torch.stack([dweight, dbias, passed, dx.sum(dim=0)]), normed
 
 
 # ------------------------------------------------------------------------------------------ Triton
@@ -92,9 +103,11 @@ def _backward_kernel(
     through,  # [T, D], of total, or None
     total,  # [T, D]
     weight,  # [D]
+    bias,  # [D], or None
     mean,  # fp32 [T]
     rstd,  # fp32 [T]
     dx,  # [T, D]
+    normed,  # [T, D] with a bias
     parts,  # fp32 [programs, 4, D]
     rows,
     width,
@@ -124,6 +137,9 @@ def _backward_kernel(
         middle = tl.load(mean + row, mask=present, other=0.0)
         scale = tl.load(rstd + row, mask=present, other=0.0)
         normal = tl.where(inside, (value - middle) * scale, 0.0)
+        if bias is not None:  # once more as the forward pass made it
+            made = normal * w + tl.load(bias + column, mask=in_width, other=0.0).to(tl.float32)
+            tl.store(normed + at, made.to(normed.dtype.element_ty), mask=inside)
         dweight += g * normal
         dbias += g
         g *= w
@@ -165,10 +181,18 @@ def _triton(
 
 
 def _triton_backward(
-    grad: Tensor, through: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    through: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    remake: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, width = total.shape
     dx = torch.empty_like(total)
+    normed = torch.empty_like(total) if remake else None
     columns = max(64, triton.next_power_of_2(width))
     # 16 elements a thread, of each sum as well: 168 registers. As many programs as run at a time: each goes
     # on until the rows are done, so one more would wait for all of it.
@@ -176,11 +200,11 @@ def _triton_backward(
     programs = max(1, min(triton.cdiv(rows, together), 3 * multiprocessors(total.device)))
     parts = total.new_empty(programs, 4, width, dtype=torch.float32)
     _backward_kernel[(programs,)](
-        grad.contiguous(), None if through is None else through.contiguous(), total, weight, mean, rstd,
-        dx, parts, rows, width, programs,
+        grad.contiguous(), None if through is None else through.contiguous(), total, weight,
+        bias if remake else None, mean, rstd, dx, normed, parts, rows, width, programs,
         ROWS=together, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
-    return dx, add_parts(parts, weight.dtype)
+    return dx, add_parts(parts, weight.dtype), normed
 
 
 def _takes(x: Tensor, *_rest: Any) -> bool:
@@ -210,16 +234,26 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    grad: Tensor, through: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    through: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    remake: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of x, which is that of delta too, and sums over rows.
 
     Args:
         grad: [T, D], of normed.
         through: [T, D], of total, from whatever else reads it; None for nothing.
+        remake: give normed as well.
 
     Returns:
         dx [T, D]; [4, D] in the dtype of the weight: the gradients of weight and bias, the sum of `through`
-        (of the bias of a linear layer that is added to total later), that of dx (of one added before).
+        (of the bias of a linear layer that is added to total later), that of dx (of one added before); normed
+        [T, D] or None.
     """
-    return _BACKWARD_WAYS(choice.preference(), grad.device, grad, through, total, weight, mean, rstd)
+    arguments = grad, through, total, weight, bias, mean, rstd, remake
+    return _BACKWARD_WAYS(choice.preference(), grad.device, *arguments)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
+from fastjepa_kernels import block
 from fastjepa_kernels.block import Cut, Linear, Norm, add_norm, add_norm_linear, attend_and_feed
 
 WIDTH, HEADS, HIDDEN, TOKENS = 48, 2, 96, 17
@@ -62,10 +63,18 @@ def by_autograd(w: Weights, rows: Tensor | None, has_delta: bool) -> Tensor:
     return norm(y + F.linear(F.gelu(F.linear(norm(y, w.norm2), *w.fc1)), *w.fc2), w.norm1)
 
 
+@pytest.fixture(params=[False, True])
+def remakes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what can be made again is kept, as on a CPU, or made again, as on a GPU."""
+    if request.param:
+        monkeypatch.setattr(block, "_or_remake", lambda _made: None)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("rows", [None, torch.tensor([16, 0, 3, 9])])
 @pytest.mark.parametrize("has_delta", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.usefixtures("use")
+@pytest.mark.usefixtures("use", "remakes")
 def test_output_and_every_gradient(
     rows: Tensor | None, has_delta: bool, dtype: torch.dtype, bound: float
 ) -> None:
@@ -97,6 +106,24 @@ def test_the_caller_s_gradient_is_left_alone() -> None:
     again = torch.autograd.grad(out, w.leaves(), upstream)
     assert torch.equal(upstream, before)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_what_a_block_keeps(remakes: bool) -> None:
+    """Numbers for each token of width D, besides its statistics and its inputs."""
+    w, kept = Weights(torch.float32), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] == (TOKENS,):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, qkv = add_norm_linear(w.x, w.delta, w.norm1, w.qkv)
+        attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2)
+    # total, qkv, the attention's output and y; fc1's output, here of 2 D; without remaking, that much again
+    # for GELU, and two norms. Mean and rstd of both norms come on top.
+    expected = (1 + 3 + 1 + 1 + 2) * WIDTH + (0 if remakes else (2 + 1 + 1) * WIDTH)
+    assert sum(kept.values()) / TOKENS - expected in (0, 4)
 
 
 def test_flops_are_those_of_separate_operations() -> None:

@@ -44,7 +44,9 @@ def test_gelu_s_gradient_is_autograd_s(shape: tuple[int, int]) -> None:
     x, grad = 3 * torch.randn(shape), torch.randn(shape)
     exact = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(F.gelu(exact), exact, grad.double())
-    sums = gelu_backward_(grad, x)
+    sums, active = gelu_backward_(grad, x, remake=True)
+    assert active is not None
+    torch.testing.assert_close(active.double(), F.gelu(x.double()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums.double(), expected.sum(0), rtol=1e-4, atol=1e-4)
 
@@ -53,5 +55,5 @@ def test_gelu_s_gradient_is_autograd_s(shape: tuple[int, int]) -> None:
 def test_gelu_s_gradient_far_out() -> None:
     x = torch.tensor([[-40.0, -9.0, 0.0, 9.0, 40.0]])
     grad = torch.ones_like(x)
-    gelu_backward_(grad, x)
+    assert gelu_backward_(grad, x, remake=False)[1] is None
     torch.testing.assert_close(grad, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
