@@ -2,7 +2,8 @@
 
 Published: attention as matrices, every patch embedded for the context encoder too, gathers by an int64 index
 as large as their result, fp32 LayerNorm of every target token before most are dropped, an unfused AdamW, a
-Python loop for the target encoder, and reads of the loss, of gradients and of a timer in every step.
+Python loop for the target encoder, and in every step a read of the loss, of the norm of every gradient of an
+encoder's weight matrix (four of a block, and the patch embedding's) and of a timer.
 `modern`: scaled_dot_product_attention, compiled blocks, gathers by an expanded index, a fused AdamW, one
 multi-tensor lerp, TF32 where fp32 is left, and no read. The data flow is the published one in both.
 """
@@ -172,10 +173,10 @@ class IJEPATrainer:
         )
         scaled = ("fp16",) if model.modern else ("fp16", "bf16")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision in scaled)
-        ends = (0, model.encoder.shape.depth - 1)
         self.logged = {
-            name: model.encoder.get_parameter(name)
-            for name in (f"blocks.{i}.{w}.weight" for i in ends for w in ("attn.qkv", "mlp.fc1", "mlp.fc2"))
+            name: weight
+            for name, weight in model.encoder.named_parameters()
+            if weight.ndim > 1 and not name.endswith(".bias")
         }
         self.grad_norms: dict[str, float] = {}  # of the last published step
         self.step_ms = math.nan  # of the last published step, on a GPU
