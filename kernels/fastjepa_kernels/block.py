@@ -64,7 +64,8 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        total, normed, mean, rstd = add_layer_norm(x, delta, weight, bias, eps)
+        ctx.preference = choice.preference()
+        total, normed, mean, rstd = add_layer_norm(x, delta, weight, bias, eps, ctx.preference)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
         ctx.has_delta = delta is not None
         return normed
@@ -72,7 +73,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        dx, sums, _ = add_layer_norm_backward(grad, None, *ctx.saved_tensors)
+        dx, sums, _ = add_layer_norm_backward(grad, None, *ctx.saved_tensors, preference=ctx.preference)
         return dx, dx if ctx.has_delta else None, sums[0], sums[1], None
 
 
@@ -88,7 +89,8 @@ class _AddNormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        total, normed, mean, rstd = add_layer_norm(x, delta, norm_weight, norm_bias, eps)
+        ctx.preference = choice.preference()
+        total, normed, mean, rstd = add_layer_norm(x, delta, norm_weight, norm_bias, eps, ctx.preference)
         ctx.save_for_backward(total, _or_remake(normed), mean, rstd, norm_weight, norm_bias, weight)
         ctx.has_delta = delta is not None
         return total, F.linear(normed, weight, bias)
@@ -98,9 +100,19 @@ class _AddNormLinear(torch.autograd.Function):
     def backward(ctx: Any, through: Tensor, grad: Tensor) -> Gradients:
         total, normed, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
         norm = norm_weight, norm_bias, mean, rstd
-        dx, sums, again = add_layer_norm_backward(grad @ weight, through, total, *norm, remake=normed is None)
+        dx, sums, again = add_layer_norm_backward(
+            grad @ weight, through, total, *norm, remake=normed is None, preference=ctx.preference
+        )
         dweight = grad.t() @ _either(normed, again)
-        return dx, dx if ctx.has_delta else None, sums[0], sums[1], None, dweight, column_sums(grad)
+        return (
+            dx,
+            dx if ctx.has_delta else None,
+            sums[0],
+            sums[1],
+            None,
+            dweight,
+            column_sums(grad, ctx.preference),
+        )
 
 
 class _AttendAndFeed(torch.autograd.Function):
@@ -134,7 +146,7 @@ class _AttendAndFeed(torch.autograd.Function):
         if rows is not None:  # [R, D] from here on
             attended, total = attended.index_select(0, rows), total.index_select(0, rows)
         y, normed, mean, rstd = add_layer_norm(
-            total, F.linear(attended, proj_weight, proj_bias), norm_weight, norm_bias, eps
+            total, F.linear(attended, proj_weight, proj_bias), norm_weight, norm_bias, eps, preference
         )
         hidden = F.linear(normed, fc1_weight, fc1_bias)
         active = F.gelu(hidden)
@@ -154,15 +166,19 @@ class _AttendAndFeed(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         tokens, width = parts.shape[0], y.shape[1]
         dhidden = grad @ fc2_weight
-        dfc1_bias, again = gelu_backward_(dhidden, hidden, remake=active is None)  # now of fc1's output
+        dfc1_bias, again = gelu_backward_(
+            dhidden, hidden, active is None, ctx.preference
+        )  # now of fc1's output
         dfc2_weight = grad.t() @ _either(active, again)
         norm = norm_weight, norm_bias, mean, rstd
         dnormed = dhidden @ fc1_weight
-        dy, sums, again = add_layer_norm_backward(dnormed, through, y, *norm, remake=normed is None)
+        dy, sums, again = add_layer_norm_backward(
+            dnormed, through, y, *norm, remake=normed is None, preference=ctx.preference
+        )
         dfc1_weight = dhidden.t() @ _either(normed, again)
         # What follows the block gives both outputs one and the same gradient.
         same = through.data_ptr() == grad.data_ptr() and through.stride() == grad.stride()
-        dfc2_bias = sums[2] if same else column_sums(grad)
+        dfc2_bias = sums[2] if same else column_sums(grad, ctx.preference)
         dproj_weight = dy.t() @ attended
         dattended = dy @ proj_weight
         if rows is not None:

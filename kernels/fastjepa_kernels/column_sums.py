@@ -110,6 +110,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def _launch(grad: Tensor, x: Tensor | None = None, active: Tensor | None = None) -> Tensor:
     rows, columns = grad.shape
+    if grad.stride(1) != 1:  # of a mean or a sum, which are expanded from one number
+        grad = grad.contiguous()
     if rows == 0:
         return grad.new_zeros(columns)
     blocks = triton.cdiv(columns, _COLUMNS)
@@ -138,31 +140,46 @@ def _gelu_triton(grad: Tensor, x: Tensor, remake: bool) -> tuple[Tensor, Tensor 
     return _launch(grad, x, active), active
 
 
-def _takes(grad: Tensor) -> bool:
-    return grad.dtype != torch.float64 and grad.stride(-1) == 1
+def _takes(x: Tensor) -> bool:
+    return x.dtype != torch.float64
+
+
+def _takes_gelu(grad: Tensor, x: Tensor, _remake: bool) -> bool:
+    return _takes(grad) and grad.stride(1) == x.stride(1) == 1
 
 
 _WAYS = Ways("column_sums", Way("triton", _launch, takes=_takes), Way("torch", _reference))
 _GELU_WAYS = Ways(
     "gelu_backward_",
-    Way("triton", _gelu_triton, takes=lambda grad, x, _remake: _takes(grad) and _takes(x)),
+    Way("triton", _gelu_triton, takes=_takes_gelu),
     Way("torch", _gelu_reference),
 )
 
 # ---------------------------------------------------------------------------- for the other kernels
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """[K], in the dtype of x [T, K]; added up in fp32 on a GPU."""
-    return _WAYS(choice.preference(), x.device, x)
+def column_sums(x: Tensor, preference: str | None = None) -> Tensor:
+    """[K], in the dtype of x [T, K]; added up in fp32 on a GPU.
+
+    Args:
+        preference: that of a forward pass; by default what is asked for now.
+    """
+    return _WAYS(choice.preference() if preference is None else preference, x.device, x)
 
 
-def gelu_backward_(grad: Tensor, x: Tensor, remake: bool) -> tuple[Tensor, Tensor | None]:
+def gelu_backward_(
+    grad: Tensor, x: Tensor, remake: bool, preference: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Turn `grad` [T, K], of gelu(x), into that of x [T, K] in place.
 
     The exact GELU, x * cdf(x), of arXiv:1606.08415.
 
+    Args:
+        remake: give gelu(x) as well.
+        preference: that of the forward pass; by default what is asked for now.
+
     Returns:
         its column sums [K], and with `remake` gelu(x) [T, K].
     """
-    return _GELU_WAYS(choice.preference(), grad.device, grad, x, remake)
+    preference = choice.preference() if preference is None else preference
+    return _GELU_WAYS(preference, grad.device, grad, x, remake)

@@ -173,7 +173,7 @@ def _triton(
         columns = triton.next_power_of_2(width)
         together = max(1, 2048 // columns)
         _forward_kernel[(triton.cdiv(rows, together),)](
-            x, None if delta is None else delta.contiguous(), weight, bias,
+            x, None if delta is None else delta.contiguous(), weight.contiguous(), bias.contiguous(),
             None if delta is None else total, normed, mean, rstd, rows, width, eps,
             ROWS=together, COLUMNS=columns, num_warps=max(4, columns // 512),
         )  # fmt: skip
@@ -191,6 +191,7 @@ def _triton_backward(
     remake: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, width = total.shape
+    total = total.contiguous()  # torch's forward pass keeps a view as it came
     dx = torch.empty_like(total)
     normed = torch.empty_like(total) if remake else None
     columns = max(64, triton.next_power_of_2(width))
@@ -200,8 +201,8 @@ def _triton_backward(
     programs = max(1, min(triton.cdiv(rows, together), 3 * multiprocessors(total.device)))
     parts = total.new_empty(programs, 4, width, dtype=torch.float32)
     _backward_kernel[(programs,)](
-        grad.contiguous(), None if through is None else through.contiguous(), total, weight,
-        bias if remake else None, mean, rstd, dx, normed, parts, rows, width, programs,
+        grad.contiguous(), None if through is None else through.contiguous(), total, weight.contiguous(),
+        bias.contiguous() if remake else None, mean, rstd, dx, normed, parts, rows, width, programs,
         ROWS=together, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
     return dx, add_parts(parts, weight.dtype), normed
@@ -222,15 +223,24 @@ _BACKWARD_WAYS = Ways(
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    preference: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise x + delta, [T, D] each.
+
+    Args:
+        preference: see `choice.preference`, which it is by default.
 
     Returns:
         total [T, D], which is x itself without a delta; normed [T, D]; mean and rstd, [T] or [T, 1], in fp32
         or wider.
     """
-    return _WAYS(choice.preference(), x.device, x, delta, weight, bias, eps)
+    preference = choice.preference() if preference is None else preference
+    return _WAYS(preference, x.device, x, delta, weight, bias, eps)
 
 
 def add_layer_norm_backward(
@@ -242,6 +252,7 @@ def add_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     remake: bool = False,
+    preference: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of x, which is that of delta too, and sums over rows.
 
@@ -249,6 +260,7 @@ def add_layer_norm_backward(
         grad: [T, D], of normed.
         through: [T, D], of total, from whatever else reads it; None for nothing.
         remake: give normed as well.
+        preference: that of the forward pass; by default what is asked for now.
 
     Returns:
         dx [T, D]; [4, D] in the dtype of the weight: the gradients of weight and bias, the sum of `through`
@@ -256,4 +268,5 @@ def add_layer_norm_backward(
         [T, D] or None.
     """
     arguments = grad, through, total, weight, bias, mean, rstd, remake
-    return _BACKWARD_WAYS(choice.preference(), grad.device, *arguments)
+    preference = choice.preference() if preference is None else preference
+    return _BACKWARD_WAYS(preference, grad.device, *arguments)

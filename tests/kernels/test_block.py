@@ -1,6 +1,7 @@
 """The block's hand-written passes against autograd over separate operations."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
-from fastjepa_kernels import block
+from fastjepa_kernels import block, choice
 from fastjepa_kernels.block import Cut, Linear, Norm, add_norm, add_norm_linear, attend_and_feed
 
 WIDTH, HEADS, HIDDEN, TOKENS = 48, 2, 96, 17
@@ -106,6 +107,41 @@ def test_the_caller_s_gradient_is_left_alone() -> None:
     again = torch.autograd.grad(out, w.leaves(), upstream)
     assert torch.equal(upstream, before)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("way", ["torch", "triton"])
+def test_the_backward_pass_runs_as_the_forward_pass_did(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picked: list[tuple[str, str]] = []
+    pick = choice.Ways.pick
+
+    def watched(ways: choice.Ways, preference: str, device: torch.device, *args: Any) -> choice.Way:
+        found = pick(ways, preference, device, *args)
+        picked.append((ways.op, found.name))
+        return found
+
+    w = Weights(torch.float32)
+    with fk.use(way, strict=True):
+        total, qkv = add_norm_linear(w.x, w.delta, w.norm1, w.qkv)
+        y, added = attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2)
+        out = y.square().sum() + added.sum() + add_norm(y, added, w.norm1).square().sum()
+    monkeypatch.setattr(choice.Ways, "pick", watched)
+    with fk.use("torch" if way == "triton" else "triton"):
+        out.backward()
+    ops = "add_layer_norm_backward", "gelu_backward_", "column_sums", "packed_attention_backward"
+    assert {op for op, _ in picked} == set(ops)
+    assert {name for _, name in picked} == {way}
+
+
+@pytest.mark.parametrize("ways", [("torch", "triton"), ("triton", "torch")])
+def test_a_slice_of_columns_from_one_implementation_to_the_other(ways: tuple[str, str]) -> None:
+    w = Weights(torch.float32)
+    x = torch.randn(TOKENS, 2 * WIDTH)[:, WIDTH:].requires_grad_()
+    with fk.use(ways[0]):
+        out = add_norm(x, None, w.norm1)
+    with fk.use(ways[1]):
+        found = torch.autograd.grad(out.square().sum(), [x, *w.norm1[:2]])
+    expected = F.layer_norm(x, (WIDTH,), *w.norm1).square().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [x, *w.norm1[:2]]), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_block_keeps(remakes: bool) -> None:

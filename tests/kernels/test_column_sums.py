@@ -38,6 +38,13 @@ def test_rows_may_be_apart() -> None:
     torch.testing.assert_close(column_sums(x[:, 1]), x[:, 1].sum(0))
 
 
+@pytest.mark.usefixtures("use")
+def test_columns_may_be_expanded_or_apart() -> None:
+    assert column_sums(torch.tensor(2.0).expand(9, 20)).tolist() == [18.0] * 20
+    x = torch.randn(20, 9).t()
+    torch.testing.assert_close(column_sums(x), x.sum(0))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("use")
 def test_gelu_s_gradient_is_autograd_s(shape: tuple[int, int]) -> None:

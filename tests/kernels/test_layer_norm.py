@@ -77,3 +77,28 @@ def test_a_large_mean_costs_no_precision() -> None:
     _, normed, _, _ = add_layer_norm(x, None, torch.ones(64), torch.zeros(64), EPS)
     exact = F.layer_norm(x.double(), (64,), eps=EPS)
     torch.testing.assert_close(normed.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("use")
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_the_sum_of_the_forward_pass_need_not_be_dense(has_delta: bool) -> None:
+    """As torch's forward pass keeps it: a view, or a sum with its strides."""
+    total = torch.randn(16, 5).t() if has_delta else torch.randn(5, 32)[:, 8:24]
+    weight, bias, grad = torch.randn(16), torch.randn(16), torch.randn(5, 16)
+    var, mean = torch.var_mean(total, dim=1, correction=0)
+    norm = weight, bias, mean, (var + EPS).rsqrt()
+    found = add_layer_norm_backward(grad, grad, total, *norm, remake=True)
+    expected = add_layer_norm_backward(grad, grad, total.contiguous(), *norm, remake=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("use")
+def test_weight_and_bias_need_not_be_dense() -> None:
+    x, (weight, bias) = torch.randn(4, 16), torch.randn(16, 2).unbind(1)
+    total, normed, mean, rstd = add_layer_norm(x, None, weight, bias, EPS)
+    torch.testing.assert_close(normed, F.layer_norm(x, (16,), weight, bias, EPS))
+    norm = weight, bias, mean, rstd
+    _, _, again = add_layer_norm_backward(torch.randn(4, 16), None, total, *norm, remake=True)
+    torch.testing.assert_close(again, normed)
