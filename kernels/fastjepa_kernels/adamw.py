@@ -66,6 +66,54 @@ def _reference(
             put(working, followed.to(working.dtype))
 
 
+# ------------------------------------------------------------------------------- torch, on the CPU
+
+_PART = 2**16  # elements at a time and thread: what one pass leaves in the cache, the next finds there
+
+
+def _torch(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    weight: Tensor | None,
+    shadow: Tensor | None,
+    working: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decayed: bool,
+) -> None:
+    if master.device.type != "cpu" or master.dtype != torch.float32:
+        _reference(
+            master, grad, exp_avg, exp_avg_sq, hyper, weight, shadow, working, beta1, beta2, eps, decayed
+        )
+        return
+    # In place, by torch's own fused pass, because the host may look at what decides.
+    lr, decay, momentum, step, skip, scale = hyper.tolist()
+    if skip:
+        return
+    count = torch.tensor(step, dtype=torch.float32)
+    elements = _PART * torch.get_num_threads()
+    for start in range(0, master.numel(), elements):
+        part = slice(start, start + elements)
+        moved, new = master[part], grad[part]
+        gradient = new.to(torch.float32)
+        if scale != 1:  # torch's own grad_scale would be written back into the gradient
+            gradient = gradient * scale if gradient is new else gradient.mul_(scale)
+        torch._fused_adamw_(
+            [moved], [gradient], [exp_avg[part]], [exp_avg_sq[part]], [], [count], lr=lr, beta1=beta1,
+            beta2=beta2, weight_decay=decay * decayed, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if weight is not None:
+            weight[part].copy_(moved)
+        if shadow is not None:
+            torch._foreach_lerp_([shadow[part]], [moved], 1 - momentum)
+            if working is not None:
+                working[part].copy_(shadow[part])
+
+
 # ---------------------------------------------------------------------------------------------- op
 
 
@@ -76,7 +124,7 @@ def _single_precision(master: Tensor, grad: Tensor, *rest: Any) -> bool:
 _WAYS = Ways(
     "adamw_ema_",
     Way("triton", adamw_triton.update, takes=_single_precision),
-    Way("torch", _reference),
+    Way("torch", _torch),
     size=lambda master, *_rest: (master.numel(),),
 )
 _WRITTEN = ("master", "exp_avg", "exp_avg_sq", "weight", "shadow", "working")
