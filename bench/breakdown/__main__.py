@@ -1,5 +1,8 @@
 """Time the parts of a training step beside what a roofline says, and list the kernels that take the most.
 
+The parts cannot be seen in the replay of a whole step: steps are launched kernel by kernel
+(speed.cuda_graph=none), and speed.cuda_graph=step is refused.
+
 python -m bench.breakdown --size base
 python -m bench.breakdown --size huge --batch 64 --mode packed --set speed.fused_blocks=false
 """
@@ -31,6 +34,7 @@ from fastjepa.objectives import JEPA
 from fastjepa_kernels.choice import table_name
 
 TOP = 25  # kernels that are listed
+CUDA_GRAPH = "speed.cuda_graph"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if asked.device == "cuda" and not has_gpu:
         parser.error("torch sees no CUDA device; --device cpu measures on the CPU")
     on_gpu = asked.device == "cuda"
+    graphs = [value for key, _, value in (o.partition("=") for o in asked.overrides) if key == CUDA_GRAPH]
+    if not graphs:
+        asked.overrides = [f"{CUDA_GRAPH}=none", *asked.overrides]
+    elif graphs[-1] in ("step", "auto"):
+        parser.error(
+            f"{CUDA_GRAPH}={graphs[-1]} replays the whole step, and its parts cannot be told apart: use "
+            "none, or bench.throughput for the time of a replayed step"
+        )
     asked.size = asked.size or ("toy" if asked.quick else "base" if on_gpu else "small-6")
     asked.batch = asked.batch or (4 if asked.quick else 128 if on_gpu else 32)
     if asked.quick:

@@ -66,6 +66,8 @@ def sentences(found: Mapping[str, Any]) -> str:
         "rate, then everything else that must move at the other. A part's time is between marks on the "
         "device's stream, idle gaps included."
     )
+    if "speed.cuda_graph=none" in found["overrides"] and found["launches"] is not None:
+        rates += " Its kernels are launched one by one: as a replayed graph the step waits less for its host."
     return ", ".join(said) + ". " + rates
 
 

@@ -2,9 +2,9 @@
 
 What a CUDA graph was captured for, it can do again only for the same shapes. In 600 steps of `truncate` at
 B/16, 128 images each, (K, P) has 72 values, and with the number of asked rows there are 592 shapes; in
-`packed` nearly every step has its own. Here the context becomes a packed stream with rows past its end up to the next
-step of a coarse scale, where no sequence sees them and no gradient reaches them. Of 600 steps 15 shapes are
-left in `truncate` and 28 in `packed`; at H/14 with 64 images, 27 and 49.
+`packed` nearly every step has its own. Here the context becomes a packed stream with rows past its end up to
+the next step of a coarse scale, where no sequence sees them and no gradient reaches them. Of those 600 steps
+15 shapes are left in `truncate` and 28 in `packed`; at H/14 with 64 images, 27 and 49.
 """
 
 import torch

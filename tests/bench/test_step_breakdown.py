@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from bench.breakdown.__main__ import main, parse, predicted
 from bench.breakdown.report import kernels_table, page, parts_table
-from bench.breakdown.roofline import Cost, Rates, costs
+from bench.breakdown.roofline import BACKWARD, FORWARD, Cost, Rates, costs, widths
 from bench.breakdown.stopwatch import PARTS, Stopwatch, watched
 from bench.throughput import ours
 from bench.throughput.setting import Inputs, Setting
 from fastjepa.models import ViTShape
 from fastjepa.models.flops import Narrow, Skipped, Tokens, executed, ijepa
+from fastjepa_kernels.column_sums import gelu_backward_
+from fastjepa_kernels.layer_norm import add_layer_norm, add_layer_norm_backward
 
 CPU = torch.device("cpu")
 TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32")
@@ -54,6 +56,39 @@ def test_a_quick_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("bench.breakdown.__main__.RESULTS", tmp_path)
     assert parse(["--device", "cpu", "--quick"]).results is None
     assert parse(["--device", "cpu"]).results == tmp_path
+
+
+def test_steps_are_watched_without_a_graph_of_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--device", "cpu"]).overrides == ["speed.cuda_graph=none"]
+    assert parse(["--device", "cpu", "--set", "speed.cuda_graph=parts"]).overrides == [
+        "speed.cuda_graph=parts"
+    ]
+    for kind in ("step", "auto"):
+        with pytest.raises(SystemExit):
+            parse(["--device", "cpu", "--set", f"speed.cuda_graph={kind}"])
+        assert "its parts cannot be told apart: use" in capsys.readouterr().err
+
+
+def test_the_roofline_moves_what_the_fused_passes_take_and_give() -> None:
+    x, weight = torch.randn(5, 8), torch.ones(8)
+    wide = torch.randn(5, 32)
+
+    def elements(*tensors: torch.Tensor | None) -> int:
+        return sum(t.numel() for t in tensors if t is not None and t.shape in (x.shape, wide.shape))
+
+    total, normed, mean, rstd = add_layer_norm(x, x.clone(), weight, weight, 1e-6)
+    dx, _, again = add_layer_norm_backward(x, x, total, weight, weight, mean, rstd, remake=True)
+    grad = wide.clone()
+    _, active = gelu_backward_(grad, wide, remake=True)
+    moved = {
+        "forward": elements(x, x, total, normed),
+        "backward": elements(x, x, total, dx, again),
+        "gelu": elements(grad, wide, grad, active),
+    }
+    assert len(FORWARD["sum and norm"].moved) * x.numel() == moved["forward"]
+    assert len(BACKWARD["sum and norm"].moved) * x.numel() == moved["backward"]
+    assert len(BACKWARD["GELU"].moved) * wide.numel() == moved["gelu"]
+    assert (widths(FORWARD, 4.0), widths(BACKWARD, 4.0)) == (2 * 4 + 4 + 2 * 4, 2 * 5 + 8 + 4 * 4 + 3)
 
 
 def test_a_watched_step_computes_what_an_unwatched_one_does(inputs: Inputs) -> None:
