@@ -8,7 +8,7 @@ from typing import Any
 from bench.accuracy import figures
 from bench.accuracy.plan import TRAINED
 from bench.accuracy.store import Store
-from bench.accuracy.summary import MEASURES, corrupted, curve, markdown, rows, verdict
+from bench.accuracy.summary import LOOP, MEASURES, corrupted, curve, markdown, rows, verdict
 from fastjepa.report.figures import to_png
 
 
@@ -63,6 +63,8 @@ def _page(settings: dict[str, Any], linear: list[str], knn: list[str], table: st
         "",
         "Seconds are steps by the seconds of a step with the device to itself, probing left out: several "
         "runs are trained side by side. Bands are from the least to the most of all seeds.",
+        "",
+        LOOP,
         "",
         "## What it shows",
         "",

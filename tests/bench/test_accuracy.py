@@ -370,6 +370,7 @@ def test_the_whole_benchmark_runs_resumes_and_reports(
         )
         assert len(curve["knn_top1"]) >= 4
     page = (folder / "accuracy.md").read_text()
+    assert "not the step that `fit` runs" in page
     assert all(sentence in page for sentence in content["verdict"]["linear_top1"])
     for name in ("accuracy_seconds", "accuracy_flops", "detail", "detail_samples"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
