@@ -354,31 +354,49 @@ def _check(config: Config) -> None:
     _check_graphs(config)
 
 
+def possible_graphs(config: Config) -> list[str]:
+    """What speed.cuda_graph may ask for besides none, as far as the file alone says.
+
+    A CUDA graph repeats the same work on the same memory. `step` also needs one device.
+    """
+    speed, is_jepa = config.speed, config.objective.name == "jepa"
+    if speed.device == "cpu" or speed.checkpoint_blocks:
+        return []
+    keeps_gradients = config.optim.precision == "bf16" or speed.accumulation == 1  # see check_speed
+    kinds = {
+        "step": speed.zero_stage in ("auto", 0) and speed.accumulation == 1,
+        "parts": is_jepa and config.masks.mode == "budget" and keeps_gradients,
+    }
+    return [kind for kind, is_possible in kinds.items() if is_possible]
+
+
 def _check_graphs(config: Config) -> None:
-    """A CUDA graph repeats the same work on the same memory."""
     speed, kind = config.speed, config.speed.cuda_graph
     if kind in ("auto", "none"):
         return
-    if config.objective.name == "jepa" and config.masks.mode != "budget" and kind == "parts":
-        raise ConfigError(
-            f"speed.cuda_graph {kind} needs masks.mode budget, whose shapes never change, got "
-            f"{config.masks.mode}: use that mode, or speed.cuda_graph step"
-        )
-    if config.objective.name != "jepa" and kind == "parts":
-        raise ConfigError("speed.cuda_graph parts is for objective.name jepa: use step or none")
-    if speed.checkpoint_blocks:
-        raise ConfigError(
-            f"speed.cuda_graph {kind} cannot capture speed.checkpoint_blocks: use one of the two"
-        )
+    instead = " or ".join([*possible_graphs(config), "none"])
     if speed.device == "cpu":
         raise ConfigError(f"speed.cuda_graph {kind} needs a GPU, and speed.device is cpu: use none")
+    if speed.checkpoint_blocks:
+        raise ConfigError(
+            f"speed.cuda_graph {kind} cannot capture speed.checkpoint_blocks: use speed.cuda_graph none, or "
+            "speed.checkpoint_blocks false"
+        )
+    if kind == "parts" and config.objective.name != "jepa":
+        raise ConfigError(f"speed.cuda_graph parts is for objective.name jepa: use {instead}")
+    if kind == "parts" and config.masks.mode != "budget":
+        raise ConfigError(
+            f"speed.cuda_graph parts needs masks.mode budget, whose shapes never change, got "
+            f"{config.masks.mode}: use that mode, or speed.cuda_graph {instead}"
+        )
     if kind == "step" and speed.zero_stage not in ("auto", 0):
+        with_one = " and speed.accumulation 1" if speed.accumulation > 1 else ""
         raise ConfigError(
             f"speed.cuda_graph step needs speed.zero_stage 0 on one device, got stage {speed.zero_stage}: "
-            "use that stage, or parts"
+            f"use that stage{with_one}, or speed.cuda_graph {instead}"
         )
     if kind == "step" and speed.accumulation > 1:
         raise ConfigError(
             f"speed.cuda_graph step captures one micro-batch, got speed.accumulation {speed.accumulation}: "
-            "use 1, or parts"
+            f"use 1, or speed.cuda_graph {instead}"
         )

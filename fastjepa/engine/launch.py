@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -177,7 +177,8 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> d
             "stage": stage,
             "reduce_bucket_size": bucket_elements(build_shape(config).width),
             "allgather_bucket_size": bucket_elements(build_shape(config).width),
-            "overlap_comm": on_gpu and stage > 0,
+            # A replayed backward pass writes again where another stream may still be reducing.
+            "overlap_comm": on_gpu and stage > 0 and config.speed.cuda_graph != "parts",
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16},
@@ -203,58 +204,10 @@ def is_single(config: Config, world: World) -> bool:
     return world.size == 1 and config.speed.zero_stage in stages
 
 
-def cuda_graph_of(config: Config, world: World) -> Literal["none", "parts", "step"]:
-    """What is captured: what was asked for, or with auto the whole step where one graph can hold it."""
-    speed = config.speed
-    if speed.cuda_graph != "auto":
-        return speed.cuda_graph
-    whole = is_single(config, world) and world.device.type == "cuda" and speed.accumulation == 1
-    return "step" if whole and not speed.checkpoint_blocks and not speed.compile else "none"
-
-
-def check_speed(config: Config, world: World) -> None:
-    """Refuse what `speed` asks for and these processes and devices cannot do.
-
-    Raises:
-        ConfigError: saying what can be done instead.
-    """
-    speed = config.speed
-    micro_batch(config, world.size)
-    if speed.cuda_graph not in ("auto", "none") and world.device.type != "cuda":
-        raise ConfigError(
-            f"speed.cuda_graph {speed.cuda_graph} needs a GPU, and this trains on the "
-            f"{world.device.type.upper()}: use none"
-        )
-    if speed.cuda_graph == "step" and not is_single(config, world):
-        raise ConfigError(
-            f"speed.cuda_graph step is for one process at speed.zero_stage 0, this is one of {world.size} at "
-            f"stage {speed.zero_stage}: use parts"
-        )
-    if is_single(config, world) and config.deepspeed:
-        raise ConfigError(
-            "at speed.zero_stage 0 on one device nothing runs under DeepSpeed, and the deepspeed section "
-            f"would do nothing: use speed.zero_stage 1, or leave out {', '.join(config.deepspeed)}"
-        )
-    if speed.kernels != "auto":
-        there = _implementations(world.device)
-        if speed.kernels not in there:
-            raise ConfigError(
-                f"speed.kernels {speed.kernels}: no op has that implementation on {world.device.type} here; "
-                f"there are {', '.join(there)}, and auto for the fastest measured of each op"
-            )
-
-
 def preferred_kernels(config: Config) -> AbstractContextManager[None]:
     """Within it every op runs as `speed.kernels` says; auto leaves FASTJEPA_KERNELS its say."""
     kernels = config.speed.kernels
     return nullcontext() if kernels == "auto" else fk.use(kernels)
-
-
-def _implementations(device: torch.device) -> list[str]:
-    """Those that any op of a training step has on a device."""
-    ops = ("patchify_gather", "gather_tokens", "packed_attention", "jepa_loss", "adamw_ema_", "ema_update_")
-    names = [name for op in ops for name in fk.implementations(op, device)]
-    return [name for name in ("triton", "cuda", "cpp", "torch") if name in names]
 
 
 def start_engine(network: nn.Module, config: Config, world: World) -> Engine:

@@ -172,7 +172,11 @@ def test_parts_run_where_they_fit_and_the_modules_elsewhere(monkeypatch: pytest.
         ),
         (
             {"masks": {"mode": "truncate"}, "speed": {"cuda_graph": "parts"}},
-            "got truncate: use that mode, or speed.cuda_graph step",
+            "got truncate: use that mode, or speed.cuda_graph step or none$",
+        ),
+        (
+            {"masks": {"mode": "truncate"}, "speed": {"cuda_graph": "parts", "zero_stage": 1}},
+            "got truncate: use that mode, or speed.cuda_graph none$",
         ),
         ({"speed": {"zero_stage": 1}}, "step needs speed.zero_stage 0 on one device, got stage 1"),
         ({"speed": {"accumulation": 2}}, "step captures one micro-batch, got speed.accumulation 2"),
@@ -180,8 +184,20 @@ def test_parts_run_where_they_fit_and_the_modules_elsewhere(monkeypatch: pytest.
         ({"speed": {"device": "cpu"}}, "step needs a GPU, and speed.device is cpu"),
         (
             {"objective": {"name": "mae"}, "speed": {"cuda_graph": "parts"}},
-            "parts is for objective.name jepa",
+            "parts is for objective.name jepa: use step or none$",
         ),
+        (
+            {"objective": {"name": "mae"}, "speed": {"cuda_graph": "parts", "accumulation": 2}},
+            "parts is for objective.name jepa: use none$",
+        ),
+        ({"speed": {"zero_stage": 1}, "objective": {"name": "mae"}}, "that stage, or speed.cuda_graph none$"),
+        (
+            {"speed": {"zero_stage": 1, "accumulation": 2}},
+            "stage and speed.accumulation 1, or .* parts or none$",
+        ),
+        ({"speed": {"accumulation": 2}}, "use 1, or speed.cuda_graph parts or none$"),
+        ({"speed": {"accumulation": 2}, "optim": {"precision": "fp32"}}, "use 1, or speed.cuda_graph none$"),
+        ({"speed": {"accumulation": 2}, "masks": {"mode": "packed"}}, "use 1, or speed.cuda_graph none$"),
     ],
 )
 def test_what_no_graph_can_hold_is_refused(changes: dict[str, dict[str, Any]], said: str) -> None:

@@ -25,6 +25,11 @@ def test_reduction_overlaps_where_there_are_streams(stage: int, on_gpu: bool, ov
     assert told["reduce_bucket_size"] == told["allgather_bucket_size"] == bucket_elements(768)
 
 
+def test_gradients_of_a_graph_are_reduced_before_it_is_replayed() -> None:
+    config = load_config(None, ["speed.zero_stage=1", "model.size=base", "speed.cuda_graph=parts"])
+    assert deepspeed_config(config, 2, on_gpu=True)["zero_optimization"]["overlap_comm"] is False
+
+
 def test_the_file_has_the_last_word() -> None:
     config = load_config(None, ["speed.zero_stage=1", "deepspeed.zero_optimization.reduce_bucket_size=7"])
     told = deepspeed_config(config, 1)["zero_optimization"]

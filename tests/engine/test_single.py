@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError
 from fastjepa.engine.build import build_model, build_schedule
-from fastjepa.engine.launch import World, check_speed, join_world, leave_world, preferred_kernels
+from fastjepa.engine.launch import World, join_world, leave_world, preferred_kernels
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.single import ALIGNED, SingleDevice
+from fastjepa.engine.speed import check_speed
 from fastjepa.objectives import JEPA
 from tests.engine.test_agreement import (
     IMAGES,
