@@ -23,6 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa_kernels import choice
+from fastjepa_kernels.attention import MAX_HEAD_DIM
+from fastjepa_kernels.checks import (
+    FLOAT_DTYPES,
+    require,
+    require_cu_seqlens,
+    require_same_device,
+    shape_of,
+)
 from fastjepa_kernels.column_sums import column_sums, gelu_backward_
 from fastjepa_kernels.layer_norm import add_layer_norm, add_layer_norm_backward
 
@@ -59,6 +67,15 @@ def _either(kept: Tensor | None, made: Tensor | None) -> Tensor:
     return found
 
 
+def _are_one(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers in memory. Fake tensors and those on "meta" have no memory."""
+    if one is other:
+        return True
+    if type(one) is not Tensor or type(other) is not Tensor or one.is_meta or other.is_meta:
+        return False
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,7 +90,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        dx, sums, _ = add_layer_norm_backward(grad, None, *ctx.saved_tensors, preference=ctx.preference)
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        arguments = grad, None, total, weight, bias, mean, rstd
+        dx, sums, _ = add_layer_norm_backward(*arguments, preference=ctx.preference)
         return dx, dx if ctx.has_delta else None, sums[0], sums[1], None
 
 
@@ -89,7 +108,7 @@ class _AddNormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.preference = choice.preference()
+        ctx.preference, ctx.eps = choice.preference(), eps
         total, normed, mean, rstd = add_layer_norm(x, delta, norm_weight, norm_bias, eps, ctx.preference)
         ctx.save_for_backward(total, _or_remake(normed), mean, rstd, norm_weight, norm_bias, weight)
         ctx.has_delta = delta is not None
@@ -99,20 +118,21 @@ class _AddNormLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, through: Tensor, grad: Tensor) -> Gradients:
         total, normed, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
-        norm = norm_weight, norm_bias, mean, rstd
-        dx, sums, again = add_layer_norm_backward(
-            grad @ weight, through, total, *norm, remake=normed is None, preference=ctx.preference
-        )
-        dweight = grad.t() @ _either(normed, again)
-        return (
-            dx,
-            dx if ctx.has_delta else None,
-            sums[0],
-            sums[1],
-            None,
-            dweight,
-            column_sums(grad, ctx.preference),
-        )
+        for_x, for_delta, for_norm, for_norm_bias, _, for_weight, for_bias = ctx.needs_input_grad
+        remake = for_weight and normed is None
+        dx = dnorm = dnorm_bias = dweight = again = None
+        if for_x or for_delta or for_norm or for_norm_bias:
+            norm = norm_weight, norm_bias, mean, rstd
+            dx, sums, again = add_layer_norm_backward(
+                grad @ weight, through, total, *norm, remake=remake, preference=ctx.preference
+            )
+            dnorm, dnorm_bias = sums[0], sums[1]
+        elif remake:
+            again = add_layer_norm(total, None, norm_weight, norm_bias, ctx.eps, ctx.preference)[1]
+        if for_weight:
+            dweight = grad.t() @ _either(normed, again)
+        dbias = column_sums(grad, ctx.preference) if for_bias else None
+        return dx, dx if ctx.has_delta else None, dnorm, dnorm_bias, None, dweight, dbias
 
 
 class _AttendAndFeed(torch.autograd.Function):
@@ -154,7 +174,7 @@ class _AttendAndFeed(torch.autograd.Function):
             parts, out, lse, attended, y, _or_remake(normed), mean, rstd, hidden, _or_remake(active), rows,
             cu_seqlens, proj_weight, norm_weight, norm_bias, fc1_weight, fc2_weight,
         )  # fmt: skip
-        ctx.max_seqlen, ctx.scale, ctx.preference = max_seqlen, scale, preference
+        ctx.max_seqlen, ctx.scale, ctx.preference, ctx.eps = max_seqlen, scale, preference, eps
         return y, F.linear(active, fc2_weight, fc2_bias)
 
     @staticmethod
@@ -164,43 +184,130 @@ class _AttendAndFeed(torch.autograd.Function):
             parts, out, lse, attended, y, normed, mean, rstd, hidden, active, rows,
             cu_seqlens, proj_weight, norm_weight, norm_bias, fc1_weight, fc2_weight,
         ) = ctx.saved_tensors  # fmt: skip
-        tokens, width = parts.shape[0], y.shape[1]
-        dhidden = grad @ fc2_weight
-        dfc1_bias, again = gelu_backward_(
-            dhidden, hidden, active is None, ctx.preference
-        )  # now of fc1's output
-        dfc2_weight = grad.t() @ _either(active, again)
-        norm = norm_weight, norm_bias, mean, rstd
-        dnormed = dhidden @ fc1_weight
-        dy, sums, again = add_layer_norm_backward(
-            dnormed, through, y, *norm, remake=normed is None, preference=ctx.preference
+        needed, preference = ctx.needs_input_grad, ctx.preference
+        for_total, for_qkv = needed[:2]
+        for_proj, for_proj_bias, for_norm, for_norm_bias, _, for_fc1, for_fc1_bias, for_fc2, for_fc2_bias = (
+            needed[7:]
         )
-        dfc1_weight = dhidden.t() @ _either(normed, again)
-        # What follows the block gives both outputs one and the same gradient.
-        same = through.data_ptr() == grad.data_ptr() and through.stride() == grad.stride()
-        dfc2_bias = sums[2] if same else column_sums(grad, ctx.preference)
-        dproj_weight = dy.t() @ attended
-        dattended = dy @ proj_weight
-        if rows is not None:
-            whole = dy.new_zeros(2, tokens, width)
-            dattended, dy = whole[0].index_copy_(0, rows, dattended), whole[1].index_copy_(0, rows, dy)
-        dqkv = torch.ops.fastjepa.packed_attention_backward(
-            dattended.view(out.shape), parts, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.preference
-        )
+        # What is wanted from there on back, of the sum y, of norm2 and of GELU.
+        from_y = for_total or for_qkv or for_proj or for_proj_bias
+        from_norm = from_y or for_norm or for_norm_bias
+        from_gelu = from_norm or for_fc1 or for_fc1_bias
+        norm = norm_weight, norm_bias
+        dy: Any = None
+        sums: Any = None
+        dqkv = dattended = dproj = dfc1 = dfc1_bias = dfc2 = dfc2_bias = None
+
+        remake, again = for_fc2 and active is None, None
+        if from_gelu:
+            dhidden = grad @ fc2_weight
+            dfc1_bias, again = gelu_backward_(dhidden, hidden, remake, preference)  # now of fc1's output
+        elif remake:
+            again = F.gelu(hidden)
+        if for_fc2:
+            dfc2 = grad.t() @ _either(active, again)
+
+        remake, again = for_fc1 and normed is None, None
+        if from_norm:
+            dy, sums, again = add_layer_norm_backward(
+                dhidden @ fc1_weight, through, y, *norm, mean, rstd, remake=remake, preference=preference
+            )
+        elif remake:
+            again = add_layer_norm(y, None, *norm, ctx.eps, preference)[1]
+        if for_fc1:
+            dfc1 = dhidden.t() @ _either(normed, again)
+        if for_fc2_bias:
+            # What follows the block gives both outputs one and the same gradient.
+            passed = sums is not None and _are_one(through, grad)
+            dfc2_bias = sums[2] if passed else column_sums(grad, preference)
+
+        if for_proj:
+            dproj = dy.t() @ attended
+        if for_qkv:
+            dattended = dy @ proj_weight
+        if rows is not None and (for_total or for_qkv):
+            whole = dy.new_zeros(for_total + for_qkv, parts.shape[0], y.shape[1])
+            if for_total:
+                dy = whole[-1].index_copy_(0, rows, dy)
+            if for_qkv:
+                dattended = whole[0].index_copy_(0, rows, dattended)
+        if dattended is not None:
+            dqkv = torch.ops.fastjepa.packed_attention_backward(
+                dattended.view(out.shape), parts, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, preference
+            ).flatten(1)
+        dnorm, dnorm_bias, dproj_bias = (None,) * 3 if sums is None else (sums[0], sums[1], sums[3])
         return (
-            dy, dqkv.view(tokens, 3 * width), None, None, None, None, None,
-            dproj_weight, sums[3], sums[0], sums[1], None, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias,
+            dy if for_total else None, dqkv, None, None, None, None, None,
+            dproj, dproj_bias, dnorm, dnorm_bias, None, dfc1, dfc1_bias, dfc2, dfc2_bias,
         )  # fmt: skip
 
 
+_Expected = tuple[str, Tensor, tuple[int, ...]]
+
+
+def _require(like: Tensor, *expected: _Expected) -> None:
+    """One dtype and one device, those of the stream. It runs for each block, so it takes microseconds."""
+    dtype, device = like.dtype, like.device
+    for name, tensor, shape in expected:
+        if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+            allowed = f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+            raise ValueError(f"{name} must be {allowed}, got {shape_of(tensor)}")
+
+
+def _require_stream(name: str, x: Tensor) -> None:
+    require(
+        x.ndim == 2 and x.dtype in FLOAT_DTYPES,
+        lambda: f"{name} must be floating point [T, D], got {shape_of(x)}",
+    )
+
+
+def _outputs(linear: Linear) -> int:
+    return linear.weight.shape[0] if linear.weight.ndim else 0
+
+
+def _require_cut(cut: Cut, tokens: int) -> None:
+    cu_seqlens, max_seqlen, equal = cut
+    require_cu_seqlens(cu_seqlens)
+    require(max_seqlen >= 0, lambda: f"max_seqlen must be 0 or more, got {max_seqlen}")
+    sequences = cu_seqlens.numel() - 1
+    require(
+        not equal or tokens == sequences * max_seqlen,
+        lambda: f"{sequences} sequences of equal length {max_seqlen} do not fill {tokens} tokens",
+    )
+
+
 def add_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
-    """layer_norm(x + delta): [T, D] of [T, D] each; `delta` may be None. Once differentiable."""
+    """layer_norm(x + delta): [T, D] of [T, D] each; `delta` may be None. Once differentiable.
+
+    Raises:
+        ValueError: on a wrong shape, or another dtype or device than that of `x`.
+    """
+    _require_stream("x", x)
+    width = x.shape[1:]
+    _require(x, ("norm.weight", norm.weight, width), ("norm.bias", norm.bias, width))
+    if delta is not None:
+        _require(x, ("delta", delta, x.shape))
     normed: Tensor = _AddNorm.apply(x, delta, *norm)
     return normed
 
 
 def add_norm_linear(x: Tensor, delta: Tensor | None, norm: Norm, linear: Linear) -> tuple[Tensor, Tensor]:
-    """x + delta [T, D] and linear(layer_norm(x + delta)) [T, N]; `delta` may be None. Once differentiable."""
+    """x + delta [T, D] and linear(layer_norm(x + delta)) [T, N]; `delta` may be None. Once differentiable.
+
+    Raises:
+        ValueError: as from `add_norm`.
+    """
+    _require_stream("x", x)
+    (_, width), outputs = x.shape, _outputs(linear)
+    _require(
+        x,
+        ("norm.weight", norm.weight, (width,)),
+        ("norm.bias", norm.bias, (width,)),
+        ("linear.weight", linear.weight, (outputs, width)),
+        ("linear.bias", linear.bias, (outputs,)),
+    )
+    if delta is not None:
+        _require(x, ("delta", delta, x.shape))
     total, out = _AddNormLinear.apply(x, delta, *norm, *linear)
     return total, out
 
@@ -219,12 +326,43 @@ def attend_and_feed(
     """The rest of a block, from the residual stream [T, D] and qkv [T, 3 D].
 
     Args:
+        heads: of D / heads numbers each, a multiple of 8 up to 128.
         rows: int64 [R], which rows of the stream go on after the attention, each once where a gradient is
             wanted; None for all.
 
     Returns:
         y and what is to be added to it, [T, D] or [R, D] each. Once differentiable.
+
+    Raises:
+        ValueError: on a wrong shape or head dim, another dtype or device than that of `total`, and for `cut`
+            as from `packed_attention`.
     """
+    _require_stream("total", total)
+    (tokens, width), hidden = total.shape, _outputs(fc1)
+    require(
+        heads > 0 and width % heads == 0 and width // heads % 8 == 0 and width // heads <= MAX_HEAD_DIM,
+        lambda: f"width / heads must be a multiple of 8 up to {MAX_HEAD_DIM}, got {width} / {heads}",
+    )
+    _require(
+        total,
+        ("qkv", qkv, (tokens, 3 * width)),
+        ("proj.weight", proj.weight, (width, width)),
+        ("proj.bias", proj.bias, (width,)),
+        ("norm.weight", norm.weight, (width,)),
+        ("norm.bias", norm.bias, (width,)),
+        ("fc1.weight", fc1.weight, (hidden, width)),
+        ("fc1.bias", fc1.bias, (hidden,)),
+        ("fc2.weight", fc2.weight, (width, hidden)),
+        ("fc2.bias", fc2.bias, (width,)),
+    )
+    _require_cut(cut, tokens)
+    if cut.cu_seqlens.device != total.device or (rows is not None and rows.device != total.device):
+        require_same_device(total=total, cu_seqlens=cut.cu_seqlens, rows=rows)
+    if rows is not None:
+        require(
+            rows.ndim == 1 and rows.dtype == torch.int64,
+            lambda: f"rows must be int64 [R], got {shape_of(rows)}",
+        )
     y, added = _AttendAndFeed.apply(total, qkv, rows, *cut, heads, *proj, *norm, *fc1, *fc2)
     return y, added
 

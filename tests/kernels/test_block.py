@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastjepa_kernels as fk
@@ -170,6 +171,165 @@ def test_flops_are_those_of_separate_operations() -> None:
             run(w, None, True).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+# Of Weights.leaves().
+SOME = {
+    "stream": [0],
+    "branch": [1],
+    "all weights": range(2, 14),
+    "norms": range(2, 6),
+    "biases": [3, 5, 7, 9, 11, 13],
+    **{f"weight {number}": [number] for number in range(2, 14)},
+}
+
+
+@pytest.mark.parametrize("wanted", SOME)
+@pytest.mark.parametrize("rows", [None, torch.tensor([16, 0, 3, 9])])
+@pytest.mark.usefixtures("remakes")
+def test_only_what_is_asked_for_is_computed(wanted: str, rows: Tensor | None) -> None:
+    counts, gradients, kept = [], [], Weights(torch.float64)
+    for run in (by_hand, by_autograd):
+        for number, leaf in enumerate(kept.leaves()):
+            leaf.requires_grad_(number in SOME[wanted]).grad = None
+        out = run(kept, rows, True)
+        with FlopCounterMode(display=False) as counter:
+            out.square().sum().backward()
+        counts.append(counter.get_total_flops())
+        gradients.append([leaf.grad for leaf in kept.leaves()])
+    assert counts[0] == counts[1]
+    assert [one is None for one in gradients[0]] == [other is None for other in gradients[1]]
+    for one, other in zip(*gradients, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.usefixtures("remakes")
+def test_weights_after_the_last_one_that_is_asked_for(number: int) -> None:
+    """The outputs themselves, without a norm after them that asks for more."""
+    w = Weights(torch.float64)
+    asked = [w.qkv.weight, w.qkv.bias, w.norm2.weight, w.norm2.bias, *w.fc1, *w.fc2][number]
+    for leaf in w.leaves():
+        leaf.requires_grad_(leaf is asked)
+    total, qkv = add_norm_linear(w.x, w.delta, w.norm1, w.qkv)
+    y, added = attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2)
+    with FlopCounterMode(display=False) as counter:
+        (found,) = torch.autograd.grad((y.square() + added.square()).sum(), asked)
+    flops = counter.get_total_flops()
+    total = w.x + w.delta
+    parts = F.linear(F.layer_norm(total, (WIDTH,), *w.norm1), *w.qkv).view(TOKENS, 3, HEADS, -1)
+    out = fk.packed_attention(parts, cut().cu_seqlens, cut().max_seqlen).flatten(1)
+    y = total + F.linear(out, *w.proj)
+    added = F.linear(F.gelu(F.linear(F.layer_norm(y, (WIDTH,), *w.norm2), *w.fc1)), *w.fc2)
+    with FlopCounterMode(display=False) as counter:
+        (expected,) = torch.autograd.grad((y.square() + added.square()).sum(), asked)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert flops == counter.get_total_flops()
+
+
+def test_a_sum_that_nobody_asks_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any) -> Tensor:
+        raise AssertionError("no bias asks for it")
+
+    monkeypatch.setattr(block, "column_sums", refuse)
+    w = Weights(torch.float64)
+    for bias in (w.qkv.bias, w.fc2.bias):
+        bias.requires_grad_(False)
+    total, qkv = add_norm_linear(w.x, w.delta, w.norm1, w.qkv)
+    y, added = attend_and_feed(total, qkv, cut(), HEADS, w.proj, w.norm2, w.fc1, w.fc2)
+    (2 * y + 3 * added).sum().backward()
+    assert w.fc2.weight.grad is not None
+
+
+def test_fake_tensors_have_gradients() -> None:
+    with FakeTensorMode():
+        w = Weights(torch.float32)
+        y, added = attend_and_feed(
+            w.x, torch.randn(TOKENS, 3 * WIDTH), Cut(torch.zeros(5, dtype=torch.int32), 9), HEADS, w.proj,
+            w.norm2, w.fc1, w.fc2,
+        )  # fmt: skip
+        (2 * y + 3 * added).sum().backward()
+        assert w.fc2.bias.grad is not None
+        assert w.fc2.bias.grad.shape == (WIDTH,)
+
+
+def good() -> dict[str, Any]:
+    w = Weights(torch.float32)
+    return {
+        "total": w.x, "qkv": torch.randn(TOKENS, 3 * WIDTH), "cut": cut(), "heads": HEADS, "proj": w.proj,
+        "norm": w.norm2, "fc1": w.fc1, "fc2": w.fc2, "rows": torch.tensor([3]),
+    }  # fmt: skip
+
+
+def linear(outputs: int, inputs: int, **options: Any) -> Linear:
+    return Linear(torch.zeros(outputs, inputs, **options), torch.zeros(outputs, **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"total": torch.zeros(2, TOKENS, WIDTH)},
+            r"total must be floating point \[T, D\], got \[2, 17, 48\]",
+        ),
+        ({"total": torch.zeros(TOKENS, WIDTH).int()}, r"total must be floating point .* int32"),
+        ({"qkv": torch.zeros(TOKENS, 48)}, r"qkv must be \[17, 144\] float32 on cpu, got \[17, 48\]"),
+        ({"qkv": torch.zeros(TOKENS, 144).half()}, r"qkv must be \[17, 144\] float32 .* float16 on cpu"),
+        ({"qkv": torch.zeros(TOKENS, 144, device="meta")}, r"qkv must be .* on cpu, got .* on meta"),
+        ({"heads": 0}, "width / heads must be a multiple of 8 up to 128, got 48 / 0"),
+        ({"heads": 5}, "width / heads must be a multiple of 8 up to 128, got 48 / 5"),
+        ({"heads": 4}, "width / heads must be a multiple of 8 up to 128, got 48 / 4"),
+        ({"proj": linear(48, 40)}, r"proj\.weight must be \[48, 48\] float32 on cpu, got \[48, 40\]"),
+        ({"norm": Norm(torch.ones(1), torch.zeros(48), EPS)}, r"norm\.weight must be \[48\] .*got \[1\]"),
+        ({"norm": Norm(torch.ones(48), torch.zeros(48).double(), EPS)}, r"norm\.bias must be .* float64"),
+        ({"fc1": linear(96, 40)}, r"fc1\.weight must be \[96, 48\] float32 on cpu, got \[96, 40\]"),
+        ({"fc1": Linear(torch.zeros(96, 48), torch.zeros(1))}, r"fc1\.bias must be \[96\] .*got \[1\]"),
+        ({"fc1": Linear(torch.tensor(0.0), torch.zeros(1))}, r"fc1\.weight must be \[0, 48\] .*got \[\]"),
+        ({"fc2": linear(48, 90)}, r"fc2\.weight must be \[48, 96\] float32 on cpu, got \[48, 90\]"),
+        ({"fc2": linear(48, 96, device="meta")}, r"fc2\.weight must be .* on cpu, got .* on meta"),
+        ({"cut": Cut(torch.zeros(3), 9)}, r"cu_seqlens must be int32 \[sequences \+ 1\], got \[3\] float32"),
+        ({"cut": Cut(cut().cu_seqlens, -1)}, "max_seqlen must be 0 or more, got -1"),
+        ({"cut": Cut(cut().cu_seqlens, 9, equal=True)}, "4 sequences of equal length 9 do not fill 17"),
+        ({"cut": Cut(cut().cu_seqlens.to("meta"), 9)}, "on one device, got total on cpu, cu_seqlens on meta"),
+        ({"rows": torch.zeros(3).int()}, r"rows must be int64 \[R\], got \[3\] int32"),
+        ({"rows": torch.zeros(1, 3).long()}, r"rows must be int64 \[R\], got \[1, 3\] int64"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    attend_and_feed(**good())
+    with pytest.raises(ValueError, match=message):
+        attend_and_feed(**{**good(), **arguments})
+
+
+def test_wrong_arguments_of_the_first_part_are_named() -> None:
+    w = Weights(torch.float32)
+    for call in (add_norm, lambda x, delta, norm: add_norm_linear(x, delta, norm, w.qkv)):
+        with pytest.raises(ValueError, match=r"x must be floating point \[T, D\], got \[48\]"):
+            call(w.x[0], None, w.norm1)
+        with pytest.raises(ValueError, match=r"delta must be \[17, 48\] float32 on cpu, got \[1, 48\]"):
+            call(w.x, w.delta[:1], w.norm1)
+        with pytest.raises(ValueError, match=r"delta must be .* float32 on cpu, got \[17, 48\] float64"):
+            call(w.x, w.delta.double(), w.norm1)
+        with pytest.raises(ValueError, match=r"norm\.weight must be \[48\] float32 on cpu, got \[40\]"):
+            call(w.x, None, w.norm1._replace(weight=torch.ones(40)))
+    with pytest.raises(ValueError, match=r"linear\.weight must be \[144, 48\] .* float64 on cpu"):
+        add_norm_linear(w.x, None, w.norm1, linear(144, 48, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("use")
+def test_vectors_need_not_be_dense() -> None:
+    w = Weights(torch.float32)
+    expected = torch.autograd.grad(by_hand(w, None, True).square().sum(), w.x)
+    for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2"):
+        layer = getattr(w, name)
+        bias = torch.stack([layer.bias, layer.bias], dim=1)[:, 0]
+        vectors = {"bias": bias}
+        if isinstance(layer, Norm):
+            vectors["weight"] = torch.stack([layer.weight, layer.weight], dim=1)[:, 0]
+        setattr(w, name, layer._replace(**vectors))
+    found = torch.autograd.grad(by_hand(w, None, True).square().sum(), w.x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_second_derivative_is_refused() -> None:
