@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from bench.accuracy.summary import LOOP
 from bench.breakdown import report as breakdown
 from bench.kernels.results import RESULTS
 from bench.kernels.table import Row, aligned, summary
@@ -97,7 +98,8 @@ def page(devices: Sequence[Device]) -> str:
     lines = [
         "# Performance",
         "",
-        "Written by `make performance` from the files in `bench/results`, and by nobody's hand. To measure: "
+        "Written by `make performance` from the files in `bench/results`, and by nobody's hand. Results are "
+        "as they were measured but for a commit that was named afterwards, which says so. To measure: "
         "`make bench-gpu`, `make bench-throughput`, `make bench-breakdown`, `make bench-accuracy`, "
         "`make bench`. How the kernels are measured is in [Benchmarks of the kernels](benchmarks.md).",
         "",
@@ -111,8 +113,11 @@ def page(devices: Sequence[Device]) -> str:
 
 
 def _about(file: Content) -> str:
+    noted = {"commit": f" ({file['commit_note']})"} if file.get("commit_note") else {}
     return ", ".join(
-        f"{name} {file[name]}" for name in ("date", "commit", "torch", "triton", "threads") if file.get(name)
+        f"{name} {file[name]}{noted.get(name, '')}"
+        for name in ("date", "commit", "torch", "triton", "cuda", "threads")
+        if file.get(name)
     )
 
 
@@ -127,7 +132,9 @@ def _throughput(device: Device) -> list[str]:
         lines += [
             f"**{throughput.heading(found)}** ({_about(file)})",
             "",
-            throughput.markdown(found["rows"]),
+            throughput.masks_note(found),
+            "",
+            throughput.markdown(throughput.complete(found["rows"])),
             "",
         ]
     if not device.throughput:
@@ -154,7 +161,7 @@ def _accuracy(device: Device) -> list[str]:
     facts = device.accuracy.get("facts", {})
     said = device.accuracy.get("verdict", {}).get("linear_top1", [])
     where = f"bench/results/{device.folder}/accuracy/accuracy.md"
-    return [*lines, *said, "", f"All of it: `{where}` ({_about(facts)}).", ""]
+    return [*lines, *said, "", LOOP, "", f"All of it: `{where}` ({_about(facts)}).", ""]
 
 
 def _kernels(device: Device) -> list[str]:
@@ -168,18 +175,28 @@ def _kernels(device: Device) -> list[str]:
 
 def readme_table(devices: Sequence[Device]) -> str:
     """Images per second of what matters, a line for each device and size."""
-    columns = ("images/s", MAE, IJEPA, *OURS, "truncate × reference MAE", "truncate MFU")
+    columns = (
+        "images/s",
+        "batch",
+        MAE,
+        IJEPA,
+        *OURS,
+        "their context tokens",
+        "truncate × reference MAE",
+        "truncate, of a measured GEMM",
+        "versions",
+    )
     lines: list[tuple[str, ...]] = [columns]
     for device in devices:
         for size in dict.fromkeys((*(SIZES if device.is_gpu else ()), *device.throughput)):
             lines.append(_readme_line(device, size))
     if not any(device.is_gpu for device in devices):
         lines.append(("a GPU", *[NOT_MEASURED] * (len(columns) - 1)))
-    return aligned(lines, names={0})
+    return aligned(lines, names={0, len(columns) - 1})
 
 
 def _readme_line(device: Device, size: str) -> tuple[str, ...]:
-    _, found = device.throughput.get(size, (None, None))
+    file, found = device.throughput.get(size, (None, None))
     rows = {row["name"]: row for row in found["rows"]} if found else {}
 
     def cell(name: str, key: str, form: str) -> str:
@@ -187,11 +204,18 @@ def _readme_line(device: Device, size: str) -> tuple[str, ...]:
         return NOT_MEASURED if value is None else f"{value:{form}}"
 
     speeds = [cell(name, "images_per_s", ".4g") for name in (MAE, IJEPA, *OURS)]
+    tokens = [
+        f"{rows[name]['context_tokens']:.1f}" for name in OURS if rows.get(name, {}).get("images_per_s")
+    ]
+    versions = [f"{name} {file[name]}" for name in ("torch", "triton") if file and file.get(name)]
     return (
         f"{device.name}, ViT {size}",
+        str(found["batch"]) if found else NOT_MEASURED,
         *speeds,
+        ", ".join(tokens) or NOT_MEASURED,
         cell(OURS[0], "over_mae", ".2f"),
         cell(OURS[0], "mfu", ".1%"),
+        ", ".join(versions) or NOT_MEASURED,
     )
 
 

@@ -15,9 +15,9 @@ Winner = Literal["jepa", "mae", "neither"]
 MEASURES: dict[Measure, str] = {"linear_top1": "linear probe", "knn_top1": "kNN"}
 NAMES = {"pixels": "raw pixels", "untrained": "an untrained encoder", "jepa": "I-JEPA", "mae": "MAE"}
 LOOP = (
-    "Trained by this benchmark's own loop, in fp32 (matrices in TF32 on a GPU), there each step a CUDA graph of "
-    "its own: the engine's models and masks, but not the step that `fit` runs, so its seconds are not those "
-    "of the engine."
+    "Trained by this benchmark's own loop, in fp32 (matrices in TF32 on a GPU), there each step a CUDA graph "
+    "of its own: the engine's models and masks, but not the step that `fit` runs, so its seconds are not "
+    "those of the engine."
 )
 _PLURAL = ("pixels",)
 

@@ -27,7 +27,7 @@ from bench.kernels.results import RESULTS
 from bench.throughput import ours
 from bench.throughput.gauges import Kernel, gauge_for, host_seconds_of, seconds_of, trace
 from bench.throughput.report import write
-from bench.throughput.setting import SHAPES, Inputs, Setting, tokens_of
+from bench.throughput.setting import POOL, SHAPES, Inputs, Setting, tokens_of
 from fastjepa.engine.learner import Learner
 from fastjepa.models.flops import Narrow, Skipped
 from fastjepa.objectives import JEPA
@@ -187,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(asked.device)
     facts = machine.facts(device)
     precision: Literal["bf16", "fp32"] = "bf16" if asked.device == "cuda" else "fp32"
-    found = measure(Setting(asked.size, asked.batch, device, precision, precision), asked)
+    pool = 16 if asked.quick else POOL
+    found = measure(Setting(asked.size, asked.batch, device, precision, precision, pool=pool), asked)
     content = {**facts, "seconds": round(time.monotonic() - start_s), **found}
     text = page(content)
     print(text)

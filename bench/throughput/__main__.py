@@ -24,7 +24,7 @@ from bench.throughput import report
 from bench.throughput.entries import Entry, chosen
 from bench.throughput.gauges import Gauge, gauge_for
 from bench.throughput.race import Race
-from bench.throughput.setting import SHAPES, Inputs, Setting
+from bench.throughput.setting import POOL, SHAPES, Inputs, Setting
 
 _SHAPES_COMPILED = 256  # of one block's code, in a process: torch gives up after 8 and runs it uncompiled
 
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="of which the table has medians: 6 on a GPU, 5 on a CPU")
     parser.add_argument("--steps", type=int, default=4, help="of a row in a round, at most")
     parser.add_argument(
-        "--draws", type=int, help="batches of masks, gone through in turn: 12 on a GPU, 5 on a CPU"
+        "--draws", type=int, help="batches of masks, gone through in turn: 12 on a GPU, 6 on a CPU"
     )
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds for everything, about")
     parser.add_argument("--row-limit-s", type=float, default=150.0, help="to build a row and warm it up")
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the results, bench/results by default")
     asked = parser.parse_args(arguments)
     on_gpu = asked.device == "cuda"
-    asked.rounds, asked.draws = asked.rounds or (6 if on_gpu else 5), asked.draws or (12 if on_gpu else 5)
+    asked.rounds, asked.draws = asked.rounds or (6 if on_gpu else 5), asked.draws or (12 if on_gpu else 6)
     asked.sizes = (
         asked.sizes or ("toy" if asked.quick else "base,large,huge" if on_gpu else "small-6")
     ).split(",")
@@ -120,13 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine.facts(device)
     print(f"# Throughput on {facts['device']}\n", flush=True)
     precision: Literal["bf16", "fp32"] = "bf16" if asked.device == "cuda" else "fp32"
+    pool = max(16 if asked.quick else POOL, asked.draws)
     sizes: list[dict[str, Any]] = []
     gauge = gauge_for(device, asked.quick)
     for place, (size, batch) in enumerate(zip(asked.sizes, asked.batches, strict=True)):
         left_s = asked.limit_s - (time.monotonic() - start_s)
         # What a size leaves over, the next may have.
         deadline_s = time.monotonic() + left_s / (len(asked.sizes) - place)
-        setting = Setting(size, batch, device, precision, asked.mae_precision or precision, asked.draws)
+        setting = Setting(size, batch, device, precision, asked.mae_precision or precision, asked.draws, pool)
 
         def keep(found: dict[str, Any], place: int = place) -> None:
             sizes[place:] = [found]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench.throughput.setting import Inputs
+from bench.throughput.setting import Inputs, Seen
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine import build
@@ -78,11 +78,11 @@ def learner_of(config: Config, device: torch.device) -> Learner:
 
 def batches_of(config: Config, inputs: Inputs) -> list[Batch]:
     """What the loader would give, already on the device."""
-    masks = inputs.masks("mae" if config.objective.name == "mae" else config.masks.mode)
-    pixels = inputs.pixels
+    name: Seen = "mae" if config.objective.name == "mae" else config.masks.mode
+    masks, pixels = inputs.masks(name), inputs.pixels
     return [
         Batch(pixels[i % len(pixels)], index, masks[i], epoch=0, step=i, unreadable={})
-        for i, index in enumerate(inputs.image_index)
+        for i, index in enumerate(inputs.image_index(name))
     ]
 
 

@@ -35,9 +35,11 @@ class Contestant:
         step: None while it is not in memory.
         red: why it has no time.
         laps: seconds of a step, a value for each round, in the order of the rounds.
+        ran: the numbers of the steps of each lap.
         host: seconds of the host in a step handed to an idle device.
         held_bytes: of weights, states and graphs between steps; None on a CPU.
         peak_bytes: the same and what a step adds; on a CPU what a step adds alone.
+        busy_s: seconds of a step in which the device runs a kernel; None on a CPU.
         kernels: run by the device in a step; on a CPU, ops of torch.
         launches: by the host in a step.
     """
@@ -47,11 +49,13 @@ class Contestant:
     stays: bool = True
     red: str = ""
     laps: list[float] = field(default_factory=list)
+    ran: list[range] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     expected_s: float = 0.0
     built_s: float = 0.0
     held_bytes: int | None = None
     peak_bytes: int | None = None
+    busy_s: float | None = None
     kernels: int | None = None
     launches: int | None = None
 
@@ -108,9 +112,9 @@ class Race:
 
         Earlier times are forgotten, unless time is up before there are as many again.
         """
-        before = [(one, one.laps, one.host) for one in self.running]
+        before = [(one, one.laps, one.ran, one.host) for one in self.running]
         for one in self.running:
-            one.laps, one.host = [], []
+            one.laps, one.ran, one.host = [], [], []
         steps = self._affordable_steps()
         first, second = range(self.rounds // 2), range(self.rounds // 2, self.rounds)
         self._visit(first, steps)
@@ -124,10 +128,10 @@ class Race:
             if turn:  # before, nothing has a spread
                 after_round()
         self._visit(second, steps)
-        if any(len(one.laps) < len(laps) for one, laps, _ in before if not one.red):
-            for one, laps, host in before:
+        if any(len(one.laps) < len(laps) for one, laps, *_ in before if not one.red):
+            for one, laps, ran, host in before:
                 if laps:
-                    one.laps, one.host = laps, host
+                    one.laps, one.ran, one.host = laps, ran, host
 
     def free_all(self) -> None:
         for one in self.contestants:
@@ -152,6 +156,7 @@ class Race:
         if self.device.type == "cuda":
             one.host.append(host_seconds_of(lambda: step(numbers[0]), self.device))
         one.laps.append(seconds_of(lambda: [step(n) for n in numbers], self.device) / steps)
+        one.ran.append(numbers)
         if self.device.type == "cpu":  # which is the host
             one.host.append(one.laps[-1])
 
@@ -183,7 +188,7 @@ class Race:
             one.peak_bytes = peak_bytes(lambda: step(1))
         seen = trace(lambda: step(2), self.device)
         if seen.calls:  # a profiler may be forbidden to look
-            one.kernels, one.launches = seen.calls, seen.launches
+            one.kernels, one.launches, one.busy_s = seen.calls, seen.launches, seen.busy_s
 
     def _has_room(self) -> bool:
         """For what is there, and one more row as large as the largest."""

@@ -1,7 +1,9 @@
 """What is trained in a comparison: sizes, batch, precision and the images and masks that all rows see."""
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from math import fsum
 from typing import Literal
 
 import torch
@@ -9,11 +11,14 @@ from torch import Tensor
 
 from fastjepa.config import Config, load_config
 from fastjepa.engine.build import build_masks, build_shape
-from fastjepa.masks import Masks
+from fastjepa.masks import Masks, MaskSampler
 from fastjepa.models import SIZES, ViTShape
 from fastjepa.models.flops import Narrow, Parts, Tokens, ijepa, mae, useful
 
 Mode = Literal["truncate", "budget", "packed"]
+Seen = Mode | Literal["mae"]
+POOL = 256  # steps, of whose masks those that are measured are chosen
+_WITHIN = 0.005  # of the mean work of the pool
 _PICTURES = 3  # batches of images, gone through in turn
 
 # The overrides that name a size. `small-6` and `toy` are for a CPU.
@@ -49,6 +54,7 @@ class Setting:
         precision: of the student: bf16 with fp32 masters, or fp32.
         mae_precision: of the reference MAE alone.
         draws: batches of masks, gone through in turn; in `truncate` they have nearly as many shapes.
+        pool: steps of which they are chosen, so that their mean work is that of all of these.
     """
 
     size: str
@@ -57,6 +63,7 @@ class Setting:
     precision: Literal["fp32", "bf16"]
     mae_precision: Literal["fp32", "bf16", "fp16"]
     draws: int = 12
+    pool: int = POOL
 
     def config(self, *overrides: str) -> Config:
         """A run of one process at stage 0, with `overrides` last."""
@@ -101,7 +108,6 @@ class Inputs:
     setting: Setting
     pixels: list[Tensor] = field(init=False)  # uint8 [B, C, H, W]
     normalised: list[Tensor] = field(init=False)  # fp32
-    image_index: list[Tensor] = field(init=False)  # [B], on the host
     _masks: dict[str, list[Masks]] = field(default_factory=dict)
     _parts: dict[str, list[Parts]] = field(default_factory=dict)
 
@@ -113,32 +119,41 @@ class Inputs:
         self.pixels = [pixels.to(device) for pixels in drawn]
         mean, std = (torch.tensor(each, device=device)[:, None, None] for each in (data.mean, data.std))
         self.normalised = [(pixels.float() / 255 - mean) / std for pixels in self.pixels]
-        self.image_index = [torch.arange(batch) + i * batch for i in range(self.setting.draws)]
 
-    def masks(self, name: Mode | Literal["mae"]) -> list[Masks]:
+    def masks(self, name: Seen) -> list[Masks]:
         """The batches of masks of consecutive steps; those of `mae` are random."""
         if name not in self._masks:
-            which = ["objective.name=mae"] if name == "mae" else [f"masks.mode={name}"]
-            sampler = build_masks(self.setting.config(*which))
-            drawn = [sampler.sample(index, step=step) for step, index in enumerate(self.image_index)]
-            self._masks[name] = [masks.to(self.setting.device) for masks in drawn]
+            setting, sampler = self.setting, sampler_of(self.setting, name)
+            drawn = [sampler.sample(images_of(setting, step), step=step) for step in self.chosen(name)]
+            self._masks[name] = [masks.to(setting.device) for masks in drawn]
         return self._masks[name]
+
+    def image_index(self, name: Seen) -> list[Tensor]:
+        """Which images the masks are drawn for, [B] of each step, on the host."""
+        return [images_of(self.setting, step) for step in self.chosen(name)]
+
+    def chosen(self, name: Seen) -> list[int]:
+        """The steps of the pool that are measured, in the order in which they are gone through."""
+        return representative(self.population(name).flop, self.setting.draws)
+
+    def population(self, name: Seen) -> "Population":
+        return population(replace(self.setting, device=torch.device("cpu")), name)
 
     def tokens(self, mode: Mode) -> list[Tokens]:
         return [tokens_of(masks) for masks in self.masks(mode)]
 
-    def context_tokens(self, name: Mode | Literal["mae"]) -> float:
+    def context_tokens(self, name: Seen) -> float:
         """The mean over images and steps."""
         lengths = [sum(tokens_of(masks).context) for masks in self.masks(name)]
         return sum(lengths) / (self.setting.draws * self.setting.batch)
 
-    def parts(self, name: Mode | Literal["mae"]) -> list[Parts]:
+    def parts(self, name: Seen) -> list[Parts]:
         """FLOPs of the steps with full blocks."""
         if name not in self._parts:
             self._parts[name] = self._parts_of(name)
         return self._parts[name]
 
-    def _parts_of(self, name: Mode | Literal["mae"]) -> list[Parts]:
+    def _parts_of(self, name: Seen) -> list[Parts]:
         if name == "mae":
             kept = self.masks("mae")[0].context.shape[1]
             decoder = Narrow(*self.setting.decoder[:2])
@@ -146,10 +161,96 @@ class Inputs:
         shape, predictor = self.setting.shape(), Narrow(*self.setting.predictor[:2])
         return [ijepa(shape, predictor, tokens) for tokens in self.tokens(name)]
 
-    def useful_flop(self, name: Mode | Literal["mae"]) -> float:
+    def step_flop(self, name: Seen, numbers: Sequence[int]) -> float:
+        """Useful FLOPs of one step, the mean over the steps of these numbers."""
+        parts = self.parts(name)
+        return sum(useful(parts[number % len(parts)]) for number in numbers) / len(numbers)
+
+    def useful_flop(self, name: Seen) -> float:
         """For one image, the mean over the steps."""
         parts = self.parts(name)
         return sum(map(useful, parts)) / len(parts) / self.setting.batch
+
+
+@dataclass(frozen=True)
+class Population:
+    """Of many steps of a kind of masks.
+
+    Attributes:
+        context_tokens: the mean of an image, of each step.
+        flop: useful, of each step.
+    """
+
+    context_tokens: list[float]
+    flop: list[float]
+
+    def means(self, batch: int) -> dict[str, float]:
+        """Of an image, as a file keeps them."""
+        steps = len(self.flop)
+        return {
+            "context_tokens": fsum(self.context_tokens) / steps,
+            "useful_flop": fsum(self.flop) / steps / batch,
+        }
+
+
+@cache
+def population(setting: Setting, name: Seen) -> Population:
+    """The first `setting.pool` steps; where all are alike, one stands for them."""
+    sampler, shape = sampler_of(setting, name), setting.shape(class_token=name == "mae")
+    steps = setting.pool if name in ("truncate", "packed") else 1
+    contexts, flop = [], []
+    for step in range(steps):
+        tokens = tokens_of(sampler.sample(images_of(setting, step), step=step))
+        contexts.append(sum(tokens.context) / setting.batch)
+        if name == "mae":
+            kept = round(tokens.context[0])
+            flop.append(useful(mae(shape, Narrow(*setting.decoder[:2]), setting.batch, kept)))
+        else:
+            flop.append(useful(ijepa(shape, Narrow(*setting.predictor[:2]), tokens)))
+    repeat = setting.pool // steps
+    return Population(contexts * repeat, flop * repeat)
+
+
+def representative(values: Sequence[float], count: int) -> list[int]:
+    """Indices of `count` values whose mean is that of all to within half a percent, where there are such.
+
+    One from each of `count` strata at first, so that their spread is that of all too. Then one at a time is
+    changed for the value that brings the mean nearest. They come from the two ends in turn, so that a few in
+    a row have nearly the same mean as all.
+
+    Raises:
+        ValueError: there are not so many values.
+    """
+    if not 1 <= count <= len(values):
+        raise ValueError(f"of {len(values)} values 1 to {len(values)} can be chosen, got {count}")
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    kept = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+    mean = fsum(values) / len(values)
+
+    def off(among: Sequence[int]) -> float:
+        return abs(fsum(values[i] for i in among) / count - mean)
+
+    while off(kept) > _WITHIN * abs(mean):
+        lacking = count * mean - fsum(values[i] for i in kept)
+        free = [i for i in order if i not in kept]
+        swaps = ((abs(lacking + values[a] - values[b]), at, b) for at, a in enumerate(kept) for b in free)
+        _, at, other = min(swaps, default=(0.0, 0, kept[0]))
+        changed = [*kept[:at], other, *kept[at + 1 :]]
+        if off(changed) >= off(kept):
+            break
+        kept = changed
+    kept.sort(key=lambda i: (values[i], i))
+    return [kept[i // 2] if i % 2 == 0 else kept[-1 - i // 2] for i in range(count)]
+
+
+def sampler_of(setting: Setting, name: Seen) -> MaskSampler:
+    which = "objective.name=mae" if name == "mae" else f"masks.mode={name}"
+    return build_masks(setting.config(which))
+
+
+def images_of(setting: Setting, step: int) -> Tensor:
+    """[B], on the host: no image comes twice."""
+    return torch.arange(setting.batch) + step * setting.batch
 
 
 def tokens_of(masks: Masks) -> Tokens:

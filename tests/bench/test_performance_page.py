@@ -36,6 +36,8 @@ def row(name: str, images_per_s: float | None, **more: Any) -> dict[str, Any]:
         "useful_flop": 84e9,
         "flop_per_s": 1e14,
         "mfu": 0.25,
+        "seconds": [0.01, 0.01],
+        "held_bytes": 3 << 30,
         "peak_bytes": 1 << 30,
         "kernels": 1000,
         "launches": 900,
@@ -112,7 +114,9 @@ def test_the_newest_measurement_of_each_size_counts(root: Path) -> None:
     assert " 66 " in base
     assert " 45 " in large
     assert NOT_MEASURED in large, "published I-JEPA was not"
-    assert huge.count(NOT_MEASURED) == 7
+    assert huge.count(NOT_MEASURED) == 10
+    assert " 128 " in base
+    assert "torch 2.11" in base
     assert f"ViT huge: {NOT_MEASURED}." in shown
 
 
@@ -122,10 +126,26 @@ def test_a_row_that_failed_says_why(root: Path) -> None:
     assert f"{NOT_MEASURED}: OutOfMemoryError: 9 GiB" in page(load(root / "results"))
 
 
+def test_what_a_file_does_not_say_is_made_of_the_sampler(root: Path) -> None:
+    rows = [row(MAE, 100.0, masks="mae"), row("fastjepa I-JEPA, truncate", 200.0, context_tokens=44.8)]
+    folder = root / "results" / "nvidia_h200"
+    throughput(folder, "2026-01-01T00-00-00Z", "base", rows)
+    path = folder / "throughput-2026-01-01T00-00-00Z.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit_note": "named afterwards"}))
+    shown = page(load(root / "results"))
+    assert "How many batches of masks these are was not recorded" in shown
+    assert "truncate: context tokens of these draws: 44.8; of many: 49.95" in shown
+    assert "| modernised MAE" in shown, "it was left out"
+    assert "commit abc (named afterwards)" in shown
+    assert "| reference MAE †" in shown, "its host takes all of the step"
+    assert " 3.22 " in shown, "GB that are held"
+    assert " 44.8 " in readme_table(load(root / "results"))
+
+
 def test_without_any_result_everything_is_said_not_to_be_measured(root: Path) -> None:
     assert load(root / "results") == []
     assert f"On a GPU: {NOT_MEASURED}." in page([])
-    assert readme_table([]).splitlines()[-1].count(NOT_MEASURED) == 7
+    assert readme_table([]).splitlines()[-1].count(NOT_MEASURED) == 10
 
 
 def test_results_of_every_kind_are_shown(root: Path) -> None:

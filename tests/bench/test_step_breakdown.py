@@ -21,7 +21,7 @@ from fastjepa_kernels.column_sums import gelu_backward_
 from fastjepa_kernels.layer_norm import add_layer_norm, add_layer_norm_backward
 
 CPU = torch.device("cpu")
-TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32")
+TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32", pool=16)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,24 @@ from bench.throughput.__main__ import main, parse
 from bench.throughput.entries import IJEPA, MAE, Entry, Step, chosen, entries
 from bench.throughput.gauges import covered, gauge_for, trace
 from bench.throughput.race import Race, at_most
-from bench.throughput.report import COLUMNS, cells, markdown, quartiles, ratio, rows_of, size_of
-from bench.throughput.setting import Inputs, Setting, tokens_of
+from bench.throughput.report import (
+    COLUMNS,
+    cells,
+    complete,
+    markdown,
+    masks_note,
+    most_bytes,
+    quartiles,
+    ratio,
+    rows_of,
+    size_of,
+    waits_for_host,
+)
+from bench.throughput.setting import Inputs, Setting, population, representative, tokens_of
 from fastjepa.objectives import JEPA
 
 CPU = torch.device("cpu")
-TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32")
+TOY = Setting("toy", batch=3, device=CPU, precision="fp32", mae_precision="fp32", pool=16)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +76,26 @@ def test_the_command_measures_what_is_compared(tmp_path: Path, capsys: pytest.Ca
         assert len(row["seconds"]) == size["rounds"]
         assert row["images_per_s"] > 0
         assert row["mfu"] == pytest.approx(row["flop_per_s"] / size["gemm_flop_per_s"])
-        assert row["flop_per_s"] == pytest.approx(row["useful_flop"] * row["images_per_s"])
+        laps = zip(row["flop"], row["seconds"], strict=True)
+        assert row["flop_per_s"] == pytest.approx(median(flop / lap for flop, lap in laps))
+        assert row["steps"] == 1
         assert row["kernels"] > 100, "ops of torch in a step"
         assert row["peak_bytes"] > 0
+    assert (size["draws"], size["pool"]["steps"]) == (4, 16)
+    for mode in ("truncate", "packed"):
+        row, many = found[f"fastjepa I-JEPA, {mode}"], size["pool"]["masks"][mode]
+        assert row["useful_flop"] == pytest.approx(many["useful_flop"], rel=0.02)
+        assert f"{mode}: context tokens of these draws: {row['context_tokens']:.4g}; of many:" in masks_note(
+            size
+        )
+    assert "4 batches of masks, 1 steps" in masks_note(size)
     assert found[MAE]["over_mae"] == found[IJEPA]["over_ijepa"] == 1
     assert "needs a GPU" in found["fastjepa I-JEPA, truncate, fp8"]["red"]
     # More context is more work, not slower code: it stands beside the images per second.
     assert found["fastjepa I-JEPA, packed"]["context_tokens"] > found[IJEPA]["context_tokens"]
     assert found["fastjepa I-JEPA, packed"]["useful_flop"] > found[IJEPA]["useful_flop"]
     table = markdown(size["rows"])
+    assert masks_note(size) in path.with_suffix(".md").read_text()
     assert table in path.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -172,6 +196,34 @@ def test_masks_change_from_step_to_step_and_are_counted(inputs: Inputs) -> None:
     assert inputs.context_tokens("packed") == pytest.approx(sum(lengths) / len(lengths))
 
 
+@given(st.data())
+def test_chosen_steps_are_distinct_and_the_same_each_time(data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.floats(1, 100), min_size=1, max_size=40))
+    count = data.draw(st.integers(1, len(values)))
+    kept = representative(values, count)
+    assert len(set(kept)) == count
+    assert kept == representative(values, count)
+    assert set(representative(values, len(values))) == set(range(len(values)))
+
+
+def test_no_more_steps_can_be_chosen_than_there_are() -> None:
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"of 2 values 1 to 2 can be chosen, got {count}"):
+            representative([1.0, 2.0], count)
+
+
+@pytest.mark.parametrize("draws", [3, 6, 12])
+@pytest.mark.parametrize(("size", "batch"), [("base", 128), ("huge", 64)])
+def test_draws_have_the_mean_work_of_many(size: str, batch: int, draws: int) -> None:
+    for mode in ("truncate", "packed"):
+        many = population(replace(TOY, size=size, batch=batch, pool=64), mode).flop
+        kept = [many[step] for step in representative(many, draws)]
+        assert sum(kept) / draws == pytest.approx(sum(many) / len(many), rel=0.005)
+        if draws == 12:  # and those of a round are not far from it
+            for first in range(0, draws, 4):
+                assert sum(kept[first : first + 4]) / 4 == pytest.approx(sum(many) / len(many), rel=0.05)
+
+
 def test_a_step_of_ours_learns(inputs: Inputs) -> None:
     config = TOY.config("masks.mode=truncate")
     learner, batches = ours.learner_of(config, CPU), ours.batches_of(config, inputs)
@@ -195,6 +247,18 @@ def test_every_row_has_the_same_steps_in_the_same_round(inputs: Inputs) -> None:
     assert ran["a"] == ran["b"] == [0, 1, 2, 3, 4, 5]
     assert [len(one.laps) for one in race.contestants] == [3, 3]
     assert len(race.gauge.gemm_s) == 3
+
+
+def test_work_by_time_is_of_the_steps_that_ran(inputs: Inputs) -> None:
+    race = race_of(inputs)
+    race.add(entry("sound", lambda _number: time.sleep(0.002)))
+    race.run()
+    (one,), (row,) = race.contestants, rows_of(race)
+    assert one.ran == [range(0, 2), range(2, 4), range(4, 6)]
+    of_steps = [inputs.step_flop("truncate", [number]) for number in range(6)]
+    assert row.flop == pytest.approx([sum(of_steps[i : i + 2]) / 2 for i in (0, 2, 4)])
+    assert len(set(row.flop)) > 1, "masks change"
+    assert row.flop_per_s == pytest.approx(median(f / s for f, s in zip(row.flop, row.seconds, strict=True)))
 
 
 def test_a_row_that_fails_says_so_and_the_others_go_on(inputs: Inputs) -> None:
@@ -327,6 +391,38 @@ def test_the_line_of_a_row_has_all_columns(inputs: Inputs) -> None:
     assert len(cells(row)) == len(COLUMNS)
     assert len(cells(row | {"images_per_s": None})) == len(COLUMNS)
     assert cells(row)[3] == "1.00"
+
+
+def test_what_a_graph_holds_is_in_the_peak() -> None:
+    assert most_bytes({"peak_bytes": 7, "held_bytes": 9}) == 9
+    assert most_bytes({"peak_bytes": 12, "held_bytes": 9}) == 12
+    assert most_bytes({"peak_bytes": 7, "held_bytes": None}) == 7
+    assert most_bytes({"peak_bytes": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "waits"),
+    [
+        ({}, True),
+        ({"host_s": 0.089}, False),
+        ({"busy_s": 0.05}, True),
+        ({"busy_s": 0.099}, False),  # the host waits in turn, for reads of a busy device
+        ({"held_bytes": None}, False),  # a CPU is its own host
+        ({"seconds": []}, False),
+    ],
+)
+def test_a_row_is_marked_where_the_device_waits_for_its_host(changed: dict[str, Any], waits: bool) -> None:
+    row = {"held_bytes": 1, "host_s": 0.095, "seconds": [0.1, 0.1, 0.2]}
+    assert waits_for_host(row | changed) == waits
+
+
+def test_rows_that_were_left_out_are_said_not_to_be_measured(inputs: Inputs) -> None:
+    race = race_of(inputs)
+    race.add(entry(MAE, lambda _number: None, masks="mae"))
+    race.run()
+    rows = complete(size_of(race, 1.0)["rows"])
+    assert [row["name"] for row in rows] == [e.name for e in entries()]
+    assert [cells(row)[1] for row in rows[1:]] == ["not measured"] * (len(entries()) - 1)
 
 
 def test_a_setting_is_the_size_that_it_says() -> None:
