@@ -82,7 +82,7 @@ def write_images(folder: Path, count: int, channels: int = 1, classes: int = 2) 
         (["data.crop_scale=[0.5, 0.2]"], "crop_scale is (0.5, 0.2)"),
         (["speed.cuda_graph=parts"], "speed.cuda_graph parts needs a GPU, and speed.device is cpu"),
         (["speed.cuda_graph=step", "speed.device=auto", "speed.zero_stage=1"], "step needs speed.zero_stage"),
-        (["speed.cuda_graph=parts", "masks.mode=packed", "speed.device=auto"], "parts needs masks.mode budget"),
+        (["speed.cuda_graph=parts", "masks.mode=packed", "speed.device=auto"], "parts needs masks.mode"),
         (["speed.target_stream=true"], "speed.target_stream needs a GPU: there are no streams on the CPU"),
         (["speed.target_precision=bf16"], "speed.target_precision bf16 needs optim.precision bf16"),
         (["objective.name=mae", "speed.target_precision=fp8"], "objective.name mae has none: leave it out"),

@@ -7,6 +7,7 @@ others are brought to one of few, and there is a graph for each.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -115,8 +116,13 @@ class Shared:
 class GraphedStep:
     """A whole training step as one graph, or as one for each of few shapes.
 
+    The first call of a shape runs in ordinary memory, beside what the graphs so far hold: not in theirs,
+    where a tensor that a step keeps for later steps would be written over by a replay. Where a new shape
+    finds too little memory, all graphs are given up, with one warning, and steps go on without.
+
     Args:
-        step: forward, backward and update on one micro-batch: images and masks to its loss and more.
+        step: forward, backward and update on one micro-batch: images and masks to its loss and more. What it
+            needs most memory for must come before it changes anything, because it is called again then.
         buckets: bring masks to few shapes first; those of mode `budget` have one already.
     """
 
@@ -125,12 +131,26 @@ class GraphedStep:
             loss, out = step(images, Masks(**masks))  # type: ignore[arg-type]
             return loss, vars(out)
 
-        self._on_tensors, self._buckets = on_tensors, buckets
+        self._step, self._on_tensors, self._buckets = step, on_tensors, buckets
         self._by_shape: dict[Any, Graphed] = {}
         self._shared: Shared | None = None
+        self._given_up = False
 
     def __call__(self, images: Tensor, masks: Masks) -> tuple[Tensor, Step]:
-        """The loss, for good; hidden states and predictions until the next step."""
+        """The loss, for good; hidden states and predictions until the next step.
+
+        Raises:
+            torch.OutOfMemoryError: a step does not fit, with no graph beside it.
+        """
+        result = None if self._given_up else self._graphed(images, masks)
+        if result is None:
+            return self._step(images, masks)
+        loss, out = result
+        loss = loss.clone()
+        return loss, Step(**out | {"loss": loss})
+
+    def _graphed(self, images: Tensor, masks: Masks) -> tuple[Tensor, dict[str, Any]] | None:
+        """What the graph of this shape gives; None where there is no memory for it."""
         fields = vars(in_buckets(masks) if self._buckets else masks)
         shapes = [v.shape if isinstance(v, Tensor) else v for v in fields.values()]
         key = (images.shape, *shapes)
@@ -139,9 +159,30 @@ class GraphedStep:
             # Kernels and workspaces are there after the first; one call more, for what goes by shape.
             warm_up = 1 if self._by_shape else WARM_UP
             self._by_shape[key] = Graphed(self._on_tensors, warm_up, self._shared)
-        loss, out = self._by_shape[key](images, fields)
-        loss = loss.clone()
-        return loss, Step(**out | {"loss": loss})
+        try:
+            result: tuple[Tensor, dict[str, Any]] = self._by_shape[key](images, fields)
+            return result
+        except torch.OutOfMemoryError as error:
+            others = len(self._by_shape) - 1
+            if others == 0:  # no graph is in the way
+                raise
+            why = str(error).split(". ", 1)[0]
+        # Out here, where the error no longer holds the tensors of the step.
+        self._give_up()
+        warnings.warn(
+            f"no memory for a CUDA graph of one more shape beside {others} ({why}): from now on steps run "
+            "without; speed.cuda_graph none is that from the start, and masks.mode budget has one shape alone",
+            stacklevel=3,
+        )
+        return None
+
+    def _give_up(self) -> None:
+        """Return the memory of all graphs, once none of them runs."""
+        self._given_up = True
+        torch.cuda.synchronize()
+        self._by_shape.clear()
+        self._shared = None
+        torch.cuda.empty_cache()
 
 
 class _Bare(nn.Module):

@@ -44,8 +44,10 @@ def capture(graph: Recorded, pool: object, stream: Stream, capture_error_mode: s
     assert pool is POOL
     assert isinstance(stream, Stream)
     Recorded.capturing = graph
-    yield
-    Recorded.capturing = None
+    try:
+        yield
+    finally:
+        Recorded.capturing = None
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +231,58 @@ def test_masks_of_few_shapes_share_what_they_can() -> None:
     assert seen == [(16, False)] * 3 + [(16, True), (32, False), (32, True)]
     buffers = {id(graph._inputs[0]) for graph in graphed._by_shape.values()}
     assert len(buffers) == 1, "one buffer of images for all"
+
+
+class Memory:
+    """A step for which there is not always room: its loss is the number of steps that were taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        self.too_large: set[tuple[int, bool]] = set()  # tokens, and whether while capturing
+        self.returned: list[str] = []
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda name=name: self.returned.append(name))
+
+    def step(self, images: Tensor, masks: Masks) -> tuple[Tensor, Step]:
+        if (len(masks.context), Recorded.capturing is not None) in self.too_large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        loss = torch.zeros(())
+
+        def compute() -> None:
+            self.taken += 1
+            loss.fill_(self.taken)
+
+        compute() if Recorded.capturing is None else Recorded.capturing.replays.append(compute)
+        return loss, Step(loss, images)
+
+
+def of_tokens(tokens: int) -> Masks:
+    """Of two images; brought to 16, 32, 48 … tokens."""
+    return Masks(torch.zeros(2, tokens).long(), torch.zeros(1, 2, 4).long())
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_without_memory_for_one_more_shape_steps_go_on_without_graphs(
+    monkeypatch: pytest.MonkeyPatch, capturing: bool
+) -> None:
+    memory, images = Memory(monkeypatch), torch.zeros(2)
+    graphed = GraphedStep(memory.step, buckets=True)
+    losses = [float(graphed(images, of_tokens(5))[0]) for _ in range(5)]
+    memory.too_large = {(32, capturing)}
+    if capturing:
+        losses.append(float(graphed(images, of_tokens(12))[0]))
+    with pytest.warns(UserWarning, match=r"one more shape beside 1 \(CUDA out of memory\)") as warned:
+        losses += [float(graphed(images, of_tokens(tokens))[0]) for tokens in (12, 5, 12, 20)]
+    assert len(warned) == 1
+    assert losses == list(range(1, len(losses) + 1)), "no step is lost, and none is taken twice"
+    assert memory.returned == ["synchronize", "empty_cache"]
+    assert not graphed._by_shape
+    assert graphed._shared is None
+
+
+def test_a_step_that_never_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, images = Memory(monkeypatch), torch.zeros(2)
+    memory.too_large = {(16, False)}
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedStep(memory.step, buckets=True)(images, of_tokens(5))
+    assert not memory.returned
