@@ -21,38 +21,23 @@ def on_device(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step, on the device.
 
-    With `ahead` on a GPU, a step is handed out when the copies of the next one have begun, on a stream of
-    their own; two steps' batches are on the device then. The current stream waits for the copies of its step,
-    the host for none, as long as the batches are in pinned memory.
+    With `ahead` on a GPU, copies run on a stream of their own, beside the step that was handed out before:
+    the host has only launched that one when it asks for the next. Two steps' batches are on the device then.
+    The current stream waits for the copies of its step, the host for none, as long as the batches are in
+    pinned memory; and no step waits for the loader to have read the one after it.
 
     Args:
-        steps: micro-batches on the host. What it raises is raised where that step's turn has come.
+        steps: micro-batches on the host.
         device: where to.
-        ahead: whether to read one step ahead. On the CPU nothing is copied, nor read ahead.
+        ahead: whether to copy beside the step before. On the CPU nothing is copied.
     """
     if not ahead or device.type != "cuda":
         for micro_batches in steps:
             yield [batch.to(device) for batch in micro_batches]
         return
     stream = torch.cuda.Stream(device)
-    waiting: tuple[list[Batch], torch.cuda.Event] | None = None
-    failure: Exception | None = None
-    source = iter(steps)
-    while failure is None:
-        following = None
-        try:
-            following = _begin_copies(next(source), device, stream)
-        except StopIteration:
-            pass
-        except Exception as error:  # whatever it is; the step before it comes first
-            failure = error
-        if waiting is not None:
-            yield _take(*waiting)
-        if following is None:
-            break
-        waiting = following
-    if failure is not None:
-        raise failure
+    for micro_batches in steps:
+        yield _take(*_begin_copies(micro_batches, device, stream))
 
 
 def _begin_copies(

@@ -69,15 +69,21 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_step_is_handed_out_once_the_next_is_under_way(events: list[str]) -> None:
-    steps = on_device(in_steps(some(3), 1), torch.device("cuda"))
+def test_a_step_is_handed_out_without_a_wait_for_the_next(events: list[str]) -> None:
+    def noted() -> Iterator[Batch]:
+        for one in some(3):
+            events.append(f"read {one.step}")
+            yield one
+
+    steps = on_device(in_steps(noted(), 1), torch.device("cuda"))
     for number in range(3):
         assert next(steps)[0].step == number
-    assert events == ["copy 0", "copy 1", "take 0", "copy 2", "take 1", "take 2"]
+        assert events == [f"{what} {number}" for what in ("read", "copy", "take")]
+        events.clear()
     assert next(steps, None) is None
 
 
-def test_a_failure_waits_for_the_steps_before_it(events: list[str]) -> None:
+def test_a_failure_comes_after_the_steps_before_it(events: list[str]) -> None:
     steps = on_device(in_steps(some(2, then=ValueError("torn")), 1), torch.device("cuda"))
     assert next(steps)[0].step == 0
     assert next(steps)[0].step == 1
