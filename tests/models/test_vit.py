@@ -69,6 +69,29 @@ def test_bytes_are_normalised_by_the_model_and_floats_are_taken_as_they_are() ->
     torch.testing.assert_close(model(raw, index), model(normalised, index), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_whole_encoder_compiles_as_one_graph(packed: bool) -> None:
+    torch._dynamo.reset()
+    model = encoder()
+    index = torch.tensor([[0, 5, 9], [1, 2, 3]])
+    arguments = (index.flatten(), torch.tensor([0, 3, 6], dtype=torch.int32)) if packed else (index,)
+    expected = model(images(2), *arguments)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(images(2), *arguments)
+    torch.testing.assert_close(found, expected)
+    weights = list(model.parameters())
+    gradients = [torch.autograd.grad(out.square().sum(), weights) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_encoder_without_memory_has_shapes() -> None:
+    model, index = VisionTransformer(SHAPE).to("meta"), torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    out = model(torch.empty(2, 3, *SHAPE.image_size, device="meta"), index)
+    assert out.shape == (2, 5, 48)
+    assert out.is_meta
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_the_final_norm_can_be_left_to_the_caller() -> None:
     model = encoder()
     torch.testing.assert_close(model.norm(model(images(2), final_norm=False)), model(images(2)))
