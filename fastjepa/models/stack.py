@@ -1,7 +1,7 @@
 """Blocks one after another, and how they are run."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,21 @@ class Stack(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.recompute = False
 
+    @overload
+    def __getitem__(self, idx: slice) -> "Stack": ...
+
+    @overload
+    def __getitem__(self, idx: int) -> nn.Module: ...
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        """A block; of a slice a stack of the same blocks."""
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        part = Stack(0, 0, 0)
+        part.extend(self.blocks()[idx])
+        part.recompute, part.training = self.recompute, self.training
+        return part
+
     def blocks(self) -> list[Block]:
         return cast(list[Block], list(self))
 
@@ -43,13 +58,12 @@ class Stack(nn.ModuleList):
         """Have each part of each block compiled, as one graph for any number of tokens.
 
         One compiled part serves the blocks of a stack, whose shapes are alike: there are a few compilations
-        for each stack, in training and in evaluation, whatever lengths the masks have.
+        for each stack, in training and in evaluation, whatever lengths the masks have. Copies and pickles of
+        the stack are not compiled.
         """
         self.is_fused = False
         for block in self.blocks():
-            for part in ("begin", "finish"):
-                compiled = torch.compile(getattr(block, part), fullgraph=True, dynamic=True, **options)
-                setattr(block, part, compiled)
+            block.compile_parts(fullgraph=True, dynamic=True, **options)
 
     def run(
         self,

@@ -1,5 +1,8 @@
 """However blocks are run, they compute the same."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,6 +72,43 @@ def test_autocast_takes_the_plain_modules() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         blocks.run(x, equal_sequences(3, 5, x.device))
     assert called == [norm]
+
+
+@pytest.mark.parametrize("index", [slice(2), slice(-2, None), slice(None, None, 2), slice(0)])
+def test_a_slice_is_a_stack_of_the_same_blocks(index: slice) -> None:
+    blocks, x = stack(3), torch.randn(15, 48).double()
+    blocks.recompute = True
+    some = blocks[index]
+    assert isinstance(some, Stack)
+    assert list(some) == list(blocks)[index]
+    assert some.recompute
+    expected = x
+    for block in blocks.blocks()[index]:
+        expected = block(expected, equal_sequences(3, 5, x.device))
+    y, added = some.run(x, equal_sequences(3, 5, x.device))
+    torch.testing.assert_close(y if added is None else y + added, expected)
+    assert blocks[-1] is blocks.blocks()[2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda blocks: pickle.loads(pickle.dumps(blocks))])
+def test_a_copy_of_compiled_blocks_has_its_own_weights(copied: Callable[[Stack], Stack]) -> None:
+    torch._dynamo.reset()
+    blocks, x = stack(), torch.randn(15, 48).double()
+    expected = outcome(blocks, x)
+    counter = CompileCounterWithBackend("eager")
+    compiled(nn.ModuleList([blocks]), counter)
+    assert_same(outcome(blocks, x), expected)
+    assert counter.frame_count > 0
+    twin = copied(blocks)
+    with torch.no_grad():
+        for parameter in blocks.parameters():
+            parameter.zero_()
+    assert_same(outcome(twin, x), expected)
+    frames = counter.frame_count
+    compiled(nn.ModuleList([twin]), counter)
+    assert_same(outcome(twin, x), expected)
+    assert counter.frame_count >= frames
+    assert not outcome(blocks, x)[1].equal(expected[1])
 
 
 def compiled(model: Any, counter: CompileCounterWithBackend) -> None:
