@@ -22,7 +22,7 @@ from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import deepspeed_config, join_world, leave_world, preferred_kernels
-from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.run import Run
 from fastjepa.engine.speed import check_speed
@@ -83,6 +83,7 @@ def pretrain(config: Config) -> int:
         run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
         run.judge_baselines(model)
         learner = start_learner(model, config, world)
+        console.say(how_it_runs(learner, config, world))
         run.resume(learner)
         fit(run, learner, stop)
         if run.position.step < schedule.steps:
@@ -142,6 +143,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
                 if done % config.run.save_every == 0 and run.save(learner):
                     saved_step = done
                 run.judge_if_due(learner)
+    run.hear_last(learner)
     if saved_step != run.position.step and not run.save(learner):
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
     if call == Call.GIVE_UP:

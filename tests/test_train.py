@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import termios
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+from fastjepa.engine import single
+from fastjepa.engine.single import SingleDevice
+from fastjepa.train import main
 
 if TYPE_CHECKING:
     from tests.conftest import Finished, Trainer
@@ -67,9 +73,10 @@ def test_piped_output_is_plain_lines_of_the_run_alone(finished: "tuple[Trainer, 
     assert "\x1b" not in process.out
     lines = process.out.splitlines()
     assert lines[0] == "judged on 50 training images, held out"
+    assert "Runs alone, without DeepSpeed, on the CPU; no CUDA graph; the target encoder in fp32" in lines
     assert lines[-1].startswith("Report: ")
     ours = re.compile(
-        r"judged on |step +\d+/23  loss |step \d+  [a-z ]+: kNN |features  |(raw|(un)?trained) |Report: "
+        r"judged on |Runs |step +\d+/23  loss |step \d+  [a-z ]+: kNN |features  |raw |(un)?trained |Report: "
     )
     assert [line for line in lines if not ours.match(line)] == []
 
@@ -83,6 +90,40 @@ def test_a_finished_run_ends_again_at_once_and_changes_nothing(
     assert "Resuming at step 23 of 23" in again.out
     assert trainer.rows == rows
     assert weights(trainer.run) == saved
+
+
+def test_a_skip_in_the_last_step_is_told_of_where_the_host_hears_late(
+    train: "Trainer", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, of which the host hears one step later; here in this process, on the CPU."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+    begin, step = single._Late.__init__, SingleDevice.step
+
+    def late(self: single._Late, device: torch.device) -> None:
+        begin(self, device)
+        self.lag = 1
+
+    def spoiled(self: SingleDevice) -> None:
+        if self.count_updates() == 5:
+            self._sum[0] = torch.inf
+        step(self)
+
+    monkeypatch.setattr(single._Late, "__init__", late)
+    monkeypatch.setattr(SingleDevice, "step", spoiled)
+    try:
+        assert main(["--config", str(train.write_config()), "optim.steps=6", "speed.workers=0"]) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("step 6: the gradients are not finite") == 1
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -171,7 +171,7 @@ class GraphedStep:
         self._give_up()
         warnings.warn(
             f"no memory for a CUDA graph of one more shape beside {others} ({why}): from now on steps run "
-            "without; speed.cuda_graph none is that from the start, and masks.mode budget has one shape alone",
+            "without; speed.cuda_graph none is that from the start, masks.mode budget has one shape alone",
             stacklevel=3,
         )
         return None

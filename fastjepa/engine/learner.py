@@ -76,6 +76,10 @@ class Learner:
         """Steps whose outcome the host does not know yet."""
         return self.engine.lag if isinstance(self.engine, SingleDevice) else 0
 
+    def hear(self) -> bool:
+        """Wait for the outcome of the last step; False if it was known."""
+        return isinstance(self.engine, SingleDevice) and self.engine.hear()
+
     def step(self, micro_batches: Iterable[Batch], rates: Rates) -> tuple[Tensor, Step]:
         """One optimizer step over `speed.accumulation` micro-batches: its loss, and what the last gave.
 
@@ -183,6 +187,26 @@ class Learner:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
             self._refresh_fp8()
+
+
+def how_it_runs(learner: Learner, config: Config, world: World) -> str:
+    """One line for people, before the first step: what steps, what is captured, in which precision."""
+    device = "the CPU" if world.device.type == "cpu" else "a GPU" if world.size == 1 else "GPUs"
+    if isinstance(learner.engine, SingleDevice):
+        engine = f"Runs alone, without DeepSpeed, on {device}"
+    else:
+        stage = 1 if config.speed.zero_stage == "auto" else config.speed.zero_stage
+        ranks = "one rank" if world.size == 1 else f"{world.size} ranks"
+        engine = f"Runs under DeepSpeed, ZeRO stage {stage}, {ranks} on {device}"
+    graph = {
+        "none": "no CUDA graph",
+        "parts": "CUDA graphs of the networks",
+        "step": "a CUDA graph of the whole step" + " for each shape of masks" * learner.buckets,
+    }[learner.cuda_graph]
+    if not isinstance(learner.model, JEPA):
+        return f"{engine}; {graph}"
+    precision = config.optim.precision if learner.model.fp8 is None else "fp8"
+    return f"{engine}; {graph}; the target encoder in {precision}"
 
 
 def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:

@@ -186,7 +186,19 @@ class Run:
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
-        known = step - learner.lag  # the step whose outcome is known
+        self._heed_skips(learner, step - learner.lag)
+
+    def hear_last(self, learner: Learner) -> None:
+        """After the last step, whose outcome may not be known yet.
+
+        Raises:
+            NonFinite: as `advance` does.
+        """
+        if learner.hear():
+            self._heed_skips(learner, self.position.step)
+
+    def _heed_skips(self, learner: Learner, known: int) -> None:
+        """`known` is the step whose outcome is."""
         if learner.skipped_in_a_row:
             self.console.warn(f"step {known}: the gradients are not finite; the weights stay as they were")
         if learner.skipped_in_a_row == MAX_SKIPPED:

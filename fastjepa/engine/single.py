@@ -234,6 +234,10 @@ class SingleDevice:
         """Send word of this step to the host, and hear of the step `lag` before it."""
         self._late.send(torch.stack([self.hyper[STEP], self._in_a_row]))
 
+    def hear(self) -> bool:
+        """Wait until the host knows of every step; False if it did."""
+        return self._late.hear()
+
     @property
     def lag(self) -> int:
         """Steps of which the host has not yet heard."""
@@ -297,11 +301,21 @@ class _Late:
         else:
             self._sent.append((status, lambda: None))
         if len(self._sent) > self.lag:
-            there, arrive = self._sent.popleft()
             # Of a step that the device has finished, unless the host is that far ahead of it; the steps
             # issued since keep it busy.
-            arrive()
-            self.told = Told(*map(int, there.tolist()))
+            self._hear_next()
+
+    def hear(self) -> bool:
+        """All that was sent; False if nothing was left."""
+        is_news = bool(self._sent)
+        while self._sent:
+            self._hear_next()
+        return is_news
+
+    def _hear_next(self) -> None:
+        there, arrive = self._sent.popleft()
+        arrive()
+        self.told = Told(*map(int, there.tolist()))
 
     def forget(self, told: Told) -> None:
         """Begin anew with this."""

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from fastjepa.config import Config, ConfigError, load_config, parse_config
+from fastjepa.engine.build import build_model
 from fastjepa.engine.launch import World
+from fastjepa.engine.learner import Learner, how_it_runs
+from fastjepa.engine.single import SingleDevice
 from fastjepa.engine.speed import check_speed, cuda_graph_of
 
 FP32 = {"optim": {"precision": "fp32"}}
@@ -98,6 +101,45 @@ def test_what_the_target_encoder_cannot_do(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         check_speed(config_of(*parts, **speed), world(device=device))
+
+
+@pytest.mark.parametrize(
+    ("engine", "graph", "buckets", "size", "said"),
+    [
+        (
+            SingleDevice,
+            "step",
+            False,
+            1,
+            "Runs alone, without DeepSpeed, on a GPU; a CUDA graph of the whole step; ",
+        ),
+        (
+            SingleDevice,
+            "step",
+            True,
+            1,
+            "a CUDA graph of the whole step for each shape of masks; the target ",
+        ),
+        (
+            object,
+            "parts",
+            False,
+            8,
+            "under DeepSpeed, ZeRO stage 1, 8 ranks on GPUs; CUDA graphs of the networks;",
+        ),
+        (
+            object,
+            "none",
+            False,
+            1,
+            "ZeRO stage 1, one rank on a GPU; no CUDA graph; the target encoder in bf16",
+        ),
+    ],
+)
+def test_a_run_says_how_it_runs(engine: type, graph: Any, buckets: bool, size: int, said: str) -> None:
+    model = build_model(config_of({"model": {"size": "tiny"}, "data": {"image_size": 64}}))
+    learner = Learner(model, object.__new__(engine), [], None, cuda_graph=graph, buckets=buckets)
+    assert said in how_it_runs(learner, config_of(), world(size))
 
 
 def test_every_default_passes() -> None:
