@@ -21,7 +21,8 @@ from torch import nn
 import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError
 from fastjepa.engine.build import build_shape
-from fastjepa.engine.single import Engine, SingleDevice, ZeroEngine
+from fastjepa.engine.protocol import Engine, ZeroEngine
+from fastjepa.engine.single import SingleDevice
 from fastjepa.engine.stopping import PeerFailed
 
 T = TypeVar("T")

@@ -20,8 +20,9 @@ from fastjepa.engine.partitions import (
     moments_of,
     partitions_of,
 )
+from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.schedules import Rates
-from fastjepa.engine.single import Engine, SingleDevice, Told, ZeroEngine
+from fastjepa.engine.single import SingleDevice, Told
 from fastjepa.engine.speed import apply_speed, check_speed, cuda_graph_of
 from fastjepa.engine.target import ENCODER, ShardedTarget, shard_target
 from fastjepa.masks import Masks

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjepa.engine.single import Engine, FlatGroup, SingleDevice, ZeroEngine
+from fastjepa.engine.protocol import Engine, ZeroEngine
+from fastjepa.engine.single import FlatGroup, SingleDevice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -11,7 +11,7 @@ later, when it has long been there.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,6 @@ from fastjepa_kernels.adamw import HYPER, MOMENTUM, SCALE, SKIP, STEP
 ALIGNED = 64  # elements: 128 bytes of bf16, a cache line and more than any vector load
 LAG = 1  # steps of which the host has not yet heard, on a GPU
 _CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
-
-
-class ZeroEngine(Protocol):
-    """What a step needs of DeepSpeed's engine, said here so that a type of it loads no DeepSpeed."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def optimizer(self) -> Any:
-        """With `param_groups`, where the rates are set."""
-
-    def __call__(self, *inputs: Any) -> Any:
-        """The forward pass."""
-
-    def backward(self, loss: Tensor, /) -> Any:
-        """Add the gradients of one micro-batch."""
-
-    def step(self) -> Any:
-        """Update the weights, after the last micro-batch."""
-
-    def get_global_grad_norm(self) -> Any:
-        """Of all gradients, before clipping."""
-
-    def was_step_applied(self) -> bool:
-        """False if the last step was skipped, for gradients that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -257,9 +231,6 @@ class SingleDevice:
         self.hyper[STEP].fill_(updates)
         self._in_a_row.zero_()
         self._late.forget(Told(updates, 0))
-
-
-Engine = SingleDevice | ZeroEngine
 
 
 def _lay_out(parameters: list[nn.Parameter]) -> tuple[list[Slot], int]:
