@@ -242,6 +242,7 @@ def test_a_sum_that_nobody_asks_for_is_not_taken(monkeypatch: pytest.MonkeyPatch
     assert w.fc2.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("error")  # of memory that is asked for
 def test_fake_tensors_have_gradients() -> None:
     with FakeTensorMode():
         w = Weights(torch.float32)
@@ -330,6 +331,15 @@ def test_vectors_need_not_be_dense() -> None:
         setattr(w, name, layer._replace(**vectors))
     found = torch.autograd.grad(by_hand(w, None, True).square().sum(), w.x)
     torch.testing.assert_close(found, expected)
+
+
+def test_tensors_without_memory_are_not_taken_for_one() -> None:
+    one, other = torch.empty(2, 3, device="meta"), torch.empty(2, 3, device="meta")
+    assert block._are_one(one, one)
+    assert not block._are_one(one, other)
+    real = torch.zeros(2, 4)
+    assert block._are_one(real[:, :2], real[:, :2])
+    assert not block._are_one(real[:, :2], real[:, 2:])
 
 
 def test_a_second_derivative_is_refused() -> None:
