@@ -1,7 +1,6 @@
-"""Everything around the training loop of one run: its folder, checkpoints, log lines and judgement."""
+"""Everything around the training loop of one run: its folder, checkpoints and log lines."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,8 +14,6 @@ from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
-from fastjepa.data.views import read_views
-from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoint import (
     CheckpointError,
     Position,
@@ -31,19 +28,16 @@ from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
-from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
+from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule
 from fastjepa.engine.stopping import NonFinite
-from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.masks import MaskSampler
-from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE, Step
 
-SNAPSHOT_IMAGES = 8
 MAX_SKIPPED = 3  # steps in a row without finite gradients before a run stops
 
 
@@ -53,7 +47,6 @@ class Run:
 
     Attributes:
         position: how far it is.
-        summary: what report/summary.json holds.
         unreadable: paths of the training images that this rank had to skip.
     """
 
@@ -67,16 +60,16 @@ class Run:
     order: GlobalOrder
     schedule: Schedule
     clock: StepClock = field(default_factory=StepClock)
-    summary: dict[str, Any] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
-    _collapsing: bool = False
 
     def __post_init__(self) -> None:
         micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
         self.position = Position(0, 0, 0.0, len(self.images.train), micro_batch)
         self.recorder = Recorder(self.world)
         self.metrics = MetricsFile(self.folder.metrics)
-        self.judge = Judge.of(self.images, self.config, self.world.device)
+        self.judgement = Judgement(
+            self.config, self.world, self.folder, self.console, self.images, self.masks, self.metrics
+        )
 
     def judge_baselines(self, model: JEPA | MAE) -> None:
         """Judge what training starts from, and raw pixels, and picture the features: once in a run.
@@ -84,38 +77,7 @@ class Run:
         Args:
             model: at the start of the run, whose weights may come from `run.init_from`.
         """
-        self.world.on_main(lambda: self._judge_baselines(model))
-
-    def _judge_baselines(self, model: JEPA | MAE) -> None:
-        self.summary = self.folder.read_summary()
-        if self.summary.get("judge") == self._judge_settings():
-            return
-        start = model.target_encoder if isinstance(model, JEPA) else model.encoder
-        start.to(self.world.device)
-        first_time = not self.summary
-        self.console.say(self.images.note)
-        self.summary |= self._description()
-        if self.judge is not None:
-            verdicts = [self.judge.pixels()]
-            if self.config.run.init_from is None and first_time:
-                verdicts.append(self.judge.encoder(UNTRAINED, start))
-            else:
-                untrained = build_model(self.config).encoder.to(self.world.device)
-                verdicts.append(self.judge.encoder(UNTRAINED, untrained))
-            if self.config.run.init_from is not None and first_time:
-                verdicts.append(self.judge.encoder("initial weights", start))
-            for verdict in verdicts:
-                self.console.show_verdict(0, verdict)
-            self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
-        self.summary["judge"] = self._judge_settings()
-        if first_time:
-            self._snapshot(start)
-        self._write_summary()
-
-    def _judge_settings(self) -> dict[str, Any]:
-        """What rows of one table must have in common."""
-        queries = self.images.queries
-        return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
+        self.world.on_main(lambda: self.judgement.baselines(model, self.position))
 
     def resume(self, learner: Learner) -> None:
         """Take up the newest good checkpoint of the folder, if there is one.
@@ -241,8 +203,8 @@ class Run:
             row["momentum"] = rates.momentum
         if not self.world.is_main:
             return
-        self._write(row)
-        self._watch(interval.signs)
+        self.judgement.write(row)
+        self.judgement.watch(interval.signs, self.position)
         self.console.show_progress(self._progress(row))
 
     def judge_if_due(self, learner: Learner) -> None:
@@ -254,14 +216,7 @@ class Run:
         every, step = self.config.probe.every_steps, self.position.step
         if every and step and step % every == 0:
             self._finite_losses()
-            self.world.on_main(lambda: self._judge_now(learner))
-
-    def _judge_now(self, learner: Learner) -> None:
-        if self.judge is None or self.metrics.has(self.position.step, "knn_top1"):
-            return
-        verdict = self.judge.encoder("so far", learner.judged_encoder, quick=True)
-        self._write_verdict(verdict)
-        self.console.show_verdict(self.position.step, verdict)
+            self.world.on_main(lambda: self.judgement.so_far(learner, self.position))
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
@@ -271,59 +226,10 @@ class Run:
         self.world.on_main(lambda: self._conclude(learner))
 
     def _conclude(self, learner: Learner) -> None:
-        verdicts: list[Verdict] = []
-        if self.judge is not None:
-            if learner.target is None:
-                verdicts = [self.judge.encoder("trained encoder", learner.judged_encoder)]
-            else:
-                verdicts = [
-                    self.judge.encoder("trained target encoder", learner.judged_encoder),
-                    self.judge.encoder("trained context encoder", learner.model.encoder),
-                ]
-            self._write_verdict(verdicts[0])
-        names = {verdict.name for verdict in verdicts}
-        kept = [row for row in self.summary.get("probe", []) if row["name"] not in names]
-        self.summary |= self._description()
-        self.summary["probe"] = kept + [verdict.as_row() for verdict in verdicts]
-        self._snapshot(learner.judged_encoder)
-        self._write_summary()
-        if verdicts:
-            self.console.show_table(self.summary["probe"])
+        self.judgement.final(learner, self.position)
         if self.unreadable:
             count = f"{len(self.unreadable)} of {len(self.images.train)}"
             self.console.say(f"{count} images could not be read and were skipped; they are named above")
-
-    def _write_verdict(self, verdict: Verdict) -> None:
-        position = {"step": self.position.step, "images": self.position.images_seen}
-        self._write({**position, **verdict.as_metrics()})
-
-    def _write(self, row: Mapping[str, float | int | str]) -> None:
-        # JSON has no infinity.
-        failure = self.metrics.write({k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)})
-        if failure is not None:
-            self.console.warn(failure)
-
-    def _write_summary(self) -> None:
-        try:
-            self.folder.write_summary(self.summary)
-        except OSError as error:
-            self._report_lacks(error)
-
-    def _report_lacks(self, error: OSError) -> None:
-        """A full disk costs a part of the report, not the run."""
-        self.console.warn(f"a part of the report is missing, as it could not be written: {error}")
-
-    def _watch(self, signs: CollapseSigns) -> None:
-        """Warn of collapse when it begins to show, not at every line after."""
-        start = self.summary.get("signs_at_start")
-        if start is None:
-            self.summary["signs_at_start"] = asdict(signs)
-            self._write_summary()
-            return
-        warning = collapse_warning(signs, CollapseSigns(**start))
-        if warning is not None and not self._collapsing:
-            self.console.warn(f"step {self.position.step}: {warning}")
-        self._collapsing = warning is not None
 
     def _finite_losses(self) -> tuple[float, ...]:
         """Those since the last log line.
@@ -360,33 +266,3 @@ class Run:
             time_left_s=(self.schedule.steps - self.position.step) * per_image,
             memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         )
-
-    def _description(self) -> dict[str, Any]:
-        device = self.world.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        return {
-            "name": self.config.run.name,
-            "objective": self.config.objective.name,
-            "steps": self.position.step,
-            "images": self.position.images_seen,
-            "train_s": self.position.train_s,
-            "precision": self.config.optim.precision,
-            "device": f"{self.world.size} x {name}",
-            "versions": dict(versions()),
-            "probe_note": self.images.note
-            if self.judge is None
-            else f"{self.images.note}; {self.judge.note}",
-        }
-
-    @torch.no_grad()
-    def _snapshot(self, encoder: VisionTransformer) -> None:
-        """Features and masks of the same few images, spread over the set."""
-        shown = self.images.queries or self.images.train
-        index = torch.arange(SNAPSHOT_IMAGES) * len(shown) // SNAPSHOT_IMAGES
-        views = read_views(shown, index.tolist(), self.config.data.image_size)
-        features = encoder(views.pixels.to(self.world.device))[:, int(encoder.shape.class_token) :]
-        masks = self.masks.sample(views.image_index, epoch=0, step=self.position.step)
-        try:
-            self.folder.write_snapshot(self.position.step, encoder.shape.grid, views.pixels, features, masks)
-        except OSError as error:
-            self._report_lacks(error)

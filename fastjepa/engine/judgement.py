@@ -1,0 +1,171 @@
+"""What a run says of its features: verdicts beside baselines, signs of collapse, the report's summary."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fastjepa.config import Config
+from fastjepa.data.views import read_views
+from fastjepa.engine.build import build_model
+from fastjepa.engine.checkpoint import Position
+from fastjepa.engine.console import RunConsole
+from fastjepa.engine.folder import RunFolder, versions
+from fastjepa.engine.images import RunImages
+from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
+from fastjepa.engine.launch import World
+from fastjepa.engine.learner import Learner
+from fastjepa.engine.metrics import MetricsFile
+from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
+from fastjepa.masks import MaskSampler
+from fastjepa.models import VisionTransformer
+from fastjepa.objectives import JEPA, MAE
+
+SNAPSHOT_IMAGES = 8
+
+
+@dataclass
+class Judgement:
+    """Judges for one run, on rank 0, and writes what it finds.
+
+    Attributes:
+        summary: what report/summary.json holds.
+    """
+
+    config: Config
+    world: World
+    folder: RunFolder
+    console: RunConsole
+    images: RunImages
+    masks: MaskSampler
+    metrics: MetricsFile
+    summary: dict[str, Any] = field(default_factory=dict)
+    _collapsing: bool = False
+
+    def __post_init__(self) -> None:
+        self.judge = Judge.of(self.images, self.config, self.world.device)
+
+    def baselines(self, model: JEPA | MAE, position: Position) -> None:
+        """Of what training starts from, and raw pixels, and a picture of the features: once in a run."""
+        self.summary = self.folder.read_summary()
+        if self.summary.get("judge") == self._judge_settings():
+            return
+        start = model.target_encoder if isinstance(model, JEPA) else model.encoder
+        start.to(self.world.device)
+        first_time = not self.summary
+        self.console.say(self.images.note)
+        self.summary |= self._description(position)
+        if self.judge is not None:
+            verdicts = [self.judge.pixels()]
+            if self.config.run.init_from is None and first_time:
+                verdicts.append(self.judge.encoder(UNTRAINED, start))
+            else:
+                untrained = build_model(self.config).encoder.to(self.world.device)
+                verdicts.append(self.judge.encoder(UNTRAINED, untrained))
+            if self.config.run.init_from is not None and first_time:
+                verdicts.append(self.judge.encoder("initial weights", start))
+            for verdict in verdicts:
+                self.console.show_verdict(0, verdict)
+            self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
+        self.summary["judge"] = self._judge_settings()
+        if first_time:
+            self._snapshot(start, position)
+        self._write_summary()
+
+    def _judge_settings(self) -> dict[str, Any]:
+        """What rows of one table must have in common."""
+        queries = self.images.queries
+        return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
+
+    def so_far(self, learner: Learner, position: Position) -> None:
+        """On a part of the labelled images, unless it is written already."""
+        if self.judge is None or self.metrics.has(position.step, "knn_top1"):
+            return
+        verdict = self.judge.encoder("so far", learner.judged_encoder, quick=True)
+        self._write_verdict(verdict, position)
+        self.console.show_verdict(position.step, verdict)
+
+    def final(self, learner: Learner, position: Position) -> None:
+        """Beside the baselines, and a picture of the features."""
+        verdicts: list[Verdict] = []
+        if self.judge is not None:
+            if learner.target is None:
+                verdicts = [self.judge.encoder("trained encoder", learner.judged_encoder)]
+            else:
+                verdicts = [
+                    self.judge.encoder("trained target encoder", learner.judged_encoder),
+                    self.judge.encoder("trained context encoder", learner.model.encoder),
+                ]
+            self._write_verdict(verdicts[0], position)
+        names = {verdict.name for verdict in verdicts}
+        kept = [row for row in self.summary.get("probe", []) if row["name"] not in names]
+        self.summary |= self._description(position)
+        self.summary["probe"] = kept + [verdict.as_row() for verdict in verdicts]
+        self._snapshot(learner.judged_encoder, position)
+        self._write_summary()
+        if verdicts:
+            self.console.show_table(self.summary["probe"])
+
+    def watch(self, signs: CollapseSigns, position: Position) -> None:
+        """Warn of collapse when it begins to show, not at every line after."""
+        start = self.summary.get("signs_at_start")
+        if start is None:
+            self.summary["signs_at_start"] = asdict(signs)
+            self._write_summary()
+            return
+        warning = collapse_warning(signs, CollapseSigns(**start))
+        if warning is not None and not self._collapsing:
+            self.console.warn(f"step {position.step}: {warning}")
+        self._collapsing = warning is not None
+
+    def write(self, row: Mapping[str, float | int | str]) -> None:
+        """A row of metrics.jsonl."""
+        # JSON has no infinity.
+        failure = self.metrics.write({k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)})
+        if failure is not None:
+            self.console.warn(failure)
+
+    def _write_verdict(self, verdict: Verdict, position: Position) -> None:
+        self.write({"step": position.step, "images": position.images_seen, **verdict.as_metrics()})
+
+    def _write_summary(self) -> None:
+        try:
+            self.folder.write_summary(self.summary)
+        except OSError as error:
+            self._report_lacks(error)
+
+    def _report_lacks(self, error: OSError) -> None:
+        """A full disk costs a part of the report, not the run."""
+        self.console.warn(f"a part of the report is missing, as it could not be written: {error}")
+
+    def _description(self, position: Position) -> dict[str, Any]:
+        device = self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return {
+            "name": self.config.run.name,
+            "objective": self.config.objective.name,
+            "steps": position.step,
+            "images": position.images_seen,
+            "train_s": position.train_s,
+            "precision": self.config.optim.precision,
+            "device": f"{self.world.size} x {name}",
+            "versions": dict(versions()),
+            "probe_note": self.images.note
+            if self.judge is None
+            else f"{self.images.note}; {self.judge.note}",
+        }
+
+    @torch.no_grad()
+    def _snapshot(self, encoder: VisionTransformer, position: Position) -> None:
+        """Features and masks of the same few images, spread over the set."""
+        shown = self.images.queries or self.images.train
+        index = torch.arange(SNAPSHOT_IMAGES) * len(shown) // SNAPSHOT_IMAGES
+        views = read_views(shown, index.tolist(), self.config.data.image_size)
+        features = encoder(views.pixels.to(self.world.device))[:, int(encoder.shape.class_token) :]
+        masks = self.masks.sample(views.image_index, epoch=0, step=position.step)
+        try:
+            self.folder.write_snapshot(position.step, encoder.shape.grid, views.pixels, features, masks)
+        except OSError as error:
+            self._report_lacks(error)
