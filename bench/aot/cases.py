@@ -248,8 +248,8 @@ def _block() -> Iterator[Case]:
         yield Case("add_layer_norm_backward", name, backward, stores=False)
     x, weight, statistic = meta(6400, 768), meta(768), meta(6400, dtype=FP32)
     yield Case("add_layer_norm", "B/16, nothing added", (x, None, weight, weight, 1e-6))
-    backward = (x, None, x, weight, weight, statistic, statistic, False)
-    yield Case("add_layer_norm_backward", "B/16, last norm", backward, stores=False)
+    last = (x, None, x, weight, weight, statistic, statistic, False)
+    yield Case("add_layer_norm_backward", "B/16, last norm", last, stores=False)
     yield Case("gelu_backward_", "B/16", (meta(6400, 3072), meta(6400, 3072), True), stores=False)
     yield Case("column_sums", "B/16 qkv", (meta(6400, 2304),), stores=False)
 
