@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.models.sequences import Sequences, equal_sequences
+from fastjepa.models.sequences import Sequences, equal_sequences, may_be_kept
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,14 @@ class _Spread(torch.autograd.Function):
         return out, None
 
 
-@lru_cache(maxsize=256)
 def dense_layout(blocks: int, batch: int, kept: int, asked: int, device: torch.device) -> Layout:
-    """Of contexts of K tokens each."""
+    """Of contexts of K tokens each. Made once for each size, and kept."""
+    make = _kept_dense_layout if may_be_kept() else _kept_dense_layout.__wrapped__
+    return make(blocks, batch, kept, asked, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_dense_layout(blocks: int, batch: int, kept: int, asked: int, device: torch.device) -> Layout:
     # A cached tensor may be asked for inside and outside inference mode; it must serve both.
     with torch.inference_mode(False):
         starts = torch.arange(blocks * batch, device=device)[:, None] * (kept + asked)
