@@ -118,8 +118,9 @@ class Learner:
         engine.set_rates(rates)
         if self.cuda_graph == "step":
             if self._graphed_step is None:
-                on_device = lambda *inputs: self._on_device(engine, [inputs])  # noqa: E731
-                self._graphed_step = GraphedStep(on_device, self.buckets)
+                self._graphed_step = GraphedStep(
+                    lambda images, masks: self._on_device(engine, [(images, masks)]), self.buckets
+                )
             (batch,) = micro_batches
             result = self._graphed_step(batch.images, batch.masks)
         else:

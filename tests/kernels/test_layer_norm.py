@@ -45,7 +45,9 @@ def test_both_passes_against_autograd_in_float64(
     norm = weight, bias, mean, rstd
     found, sums, again = add_layer_norm_backward(grad, through, total, *norm, remake=True)
     assert again is not None
-    torch.testing.assert_close(again, normed, rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
+    # Where weight and bias cancel, the rounding of their terms is left, which a fused product may change.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(again, normed, rtol=4 * eps, atol=16 * torch.finfo(torch.float32).eps + eps)
     torch.testing.assert_close(found.double(), dx + through.double(), rtol=bound, atol=bound)
     expected = torch.stack([dweight, dbias, through.double().sum(0), found.double().sum(0)])
     torch.testing.assert_close(sums.double(), expected, rtol=bound, atol=bound * rows)
