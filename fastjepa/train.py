@@ -21,12 +21,13 @@ from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
-from fastjepa.engine.launch import deepspeed_config, join_world, leave_world, preferred_kernels
+from fastjepa.engine.launch import deepspeed_config, preferred_kernels
 from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.run import Run
 from fastjepa.engine.speed import check_speed
 from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest
+from fastjepa.engine.world import join_world, leave_world
 from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
 

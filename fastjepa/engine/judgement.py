@@ -15,9 +15,9 @@ from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
-from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.metrics import MetricsFile
+from fastjepa.engine.world import World
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine.graphs import GraphedStep, graph_parts
-from fastjepa.engine.launch import World, start_engine
+from fastjepa.engine.launch import start_engine
 from fastjepa.engine.partitions import (
     MOMENTS,
     Partition,
@@ -25,6 +25,7 @@ from fastjepa.engine.schedules import Rates
 from fastjepa.engine.single import SingleDevice, Told
 from fastjepa.engine.speed import apply_speed, check_speed, cuda_graph_of
 from fastjepa.engine.target import ENCODER, ShardedTarget, shard_target
+from fastjepa.engine.world import World
 from fastjepa.masks import Masks
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE, Step

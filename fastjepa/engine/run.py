@@ -29,12 +29,12 @@ from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judgement import Judgement
-from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule
 from fastjepa.engine.stopping import NonFinite
+from fastjepa.engine.world import World
 from fastjepa.masks import MaskSampler
 from fastjepa.objectives import JEPA, MAE, Step
 

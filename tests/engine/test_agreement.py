@@ -25,9 +25,9 @@ from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.build import build_masks, build_model, build_schedule
-from fastjepa.engine.launch import World, join_world, leave_world
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.schedules import Rates
+from fastjepa.engine.world import World, join_world, leave_world
 from fastjepa.objectives import JEPA
 
 STEPS = 30

@@ -7,10 +7,10 @@ import torch
 
 from fastjepa.config import Config, ConfigError, load_config, parse_config
 from fastjepa.engine.build import build_model
-from fastjepa.engine.launch import World
 from fastjepa.engine.learner import Learner, how_it_runs
 from fastjepa.engine.single import SingleDevice
 from fastjepa.engine.speed import check_speed, cuda_graph_of
+from fastjepa.engine.world import World
 
 FP32 = {"optim": {"precision": "fp32"}}
 MAE = {"objective": {"name": "mae"}}
