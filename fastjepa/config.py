@@ -128,7 +128,8 @@ class ProbeConfig:
 
 @dataclass
 class SpeedConfig:
-    zero_stage: Literal["auto", 0, 1, 2] = "auto"  # auto: 0, without DeepSpeed, on one device, else 1
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: 0, without DeepSpeed, on one device, else 1
+    offload_optimizer: bool = False  # masters, moments and the target's shadow on the host, at ZeRO 1 to 3
     accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
     kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred of every op

@@ -84,20 +84,35 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> d
         "gradient_accumulation_steps": config.speed.accumulation,
         "train_batch_size": config.optim.global_batch,
         "gradient_clipping": config.optim.clip_grad,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket_elements(build_shape(config).width),
-            "allgather_bucket_size": bucket_elements(build_shape(config).width),
-            # A replayed backward pass writes again where another stream may still be reducing.
-            "overlap_comm": on_gpu and stage > 0 and config.speed.cuda_graph != "parts",
-        },
+        "zero_optimization": _zero(config, stage, on_gpu),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast there, and is compiled already
         "bf16": {"enabled": bf16},
         "steps_per_print": None,
     }
     if bf16 and stage > 0:
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(generated, config.deepspeed)
+
+
+def _zero(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
+    bucket = bucket_elements(build_shape(config).width)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # A replayed backward pass writes again where another stream may still be reducing.
+        "overlap_comm": on_gpu and stage > 0 and config.speed.cuda_graph != "parts",
+    }
+    if config.speed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_param_persistence_threshold": 0,
+        }
+    return zero
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def start_learner(model: JEPA | MAE, config: Config, world: World) -> Learner:
             ENCODER + name: parameter.clone() for name, parameter in model.target_encoder.named_parameters()
         }
         dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
-        target = shard_target(model.target_encoder, partitions, dtype)
+        target = shard_target(model.target_encoder, partitions, dtype, world.device)
         if isinstance(engine, SingleDevice) and config.speed.fused_update:
             engine.follow(target.shadow, target.working)
             apart = False

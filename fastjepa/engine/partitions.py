@@ -1,12 +1,13 @@
 """Where an engine keeps the fp32 weights and the moments, and which parameter each element belongs to.
 
 ZeRO flattens the parameters of an optimizer group into one buffer and gives each rank an equal, contiguous
-part of its fp32 master. Everything of ours that must live beside the master (the shadow of the target
+part of its fp32 master; ZeRO 3 does that with every parameter. Everything of ours that must live beside the master (the shadow of the target
 encoder) or must not depend on how it was cut (checkpoints) goes through `Partition`.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,60 +20,90 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One parameter inside a flat group."""
+class Slice:
+    """Consecutive elements of one parameter, and where a rank has them.
+
+    Attributes:
+        name: of the parameter, in the student.
+        shape: of the whole parameter.
+        first: the parameter's element that it begins with.
+        at: where that is in the rank's flat part.
+        count: elements.
+    """
 
     name: str
     shape: torch.Size
-    offset: int  # of its first element in the group
+    first: int
+    at: int
+    count: int
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """How the ranks' equal parts make up one buffer of whole parameters (ZeRO 0 to 2).
+
+    Attributes:
+        whole: each parameter in the buffer; `first` is 0, `at` counts from the buffer's start.
+        numel: elements of the buffer, ZeRO's padding included.
+        start: where this rank's part begins in it.
+    """
+
+    whole: tuple[Slice, ...]
+    numel: int
+    start: int
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The named tensors of a whole buffer, as views of `flat` [numel]."""
+        return {s.name: flat[s.at : s.at + s.count].view(s.shape) for s in self.whole}
+
+    def part(self, numel: int) -> tuple[Slice, ...]:
+        """What of the parameters is among the `numel` elements from `start` on."""
+        cut = []
+        for s in self.whole:
+            low, high = max(self.start, s.at), min(self.start + numel, s.at + s.count)
+            if low < high:
+                cut.append(Slice(s.name, s.shape, low - s.at, low - self.start, high - low))
+        return tuple(cut)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's part of one flat group of parameters.
+    """This rank's part of a group of parameters.
 
     Attributes:
-        pieces: the parameters of the whole group.
-        group_numel: elements of the whole group, ZeRO's padding included.
-        start: where this rank's part begins in it.
-        master: fp32 [n], this rank's part, flat.
+        names: all parameters of the group, those that this rank has nothing of too.
+        slices: what of them is here; between two there may be padding.
+        master: fp32 [n], flat.
         parameter: what the optimizer's state is keyed by; shares its memory with `master`.
+        layout: of the buffer that the parts make up; None where each parameter is cut by itself (ZeRO 3).
     """
 
-    pieces: tuple[Piece, ...]
-    group_numel: int
-    start: int
+    names: tuple[str, ...]
+    slices: tuple[Slice, ...]
     master: Tensor
     parameter: Tensor
+    layout: FlatLayout | None
 
     @property
     def is_whole(self) -> bool:
-        return self.master.numel() == self.group_numel
+        """Whether every rank has all of it."""
+        return self.layout is not None and self.master.numel() == self.layout.numel
 
     def take(self, named: Mapping[str, Tensor], into: Tensor) -> None:
         """Copy this rank's part of the named fp32 tensors into `into` [n]; padding is left alone."""
-        stop = self.start + into.numel()
-        for piece in self.pieces:
-            low = max(self.start, piece.offset)
-            high = min(stop, piece.offset + piece.shape.numel())
-            if low < high:
-                part = named[piece.name].reshape(-1)[low - piece.offset : high - piece.offset]
-                into[low - self.start : high - self.start].copy_(part)
-
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """The named tensors of a whole group, as views of `flat` [group_numel]."""
-        return {
-            piece.name: flat[piece.offset : piece.offset + piece.shape.numel()].view(piece.shape)
-            for piece in self.pieces
-        }
+        for s in self.slices:
+            into[s.at : s.at + s.count].copy_(named[s.name].reshape(-1)[s.first : s.first + s.count])
 
 
 def partitions_of(engine: Engine) -> list[Partition]:
-    """The partitions of an engine at ZeRO 0, 1 or 2, in the order of its optimizer groups."""
+    """The partitions of an engine, in the order of its optimizer groups."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
     if isinstance(engine, SingleDevice):
         return [_of_group(group, names) for group in engine.groups]
     optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+        return [_scattered(optimizer, parameters, master, names) for parameters, master in pairs]
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
         flats, groups = optimizer.bit16_groups_flat, optimizer.bit16_groups
         return _flat(flats, groups, optimizer.single_partition_of_fp32_groups, names)
@@ -91,22 +122,41 @@ def _flat(
     partitions = []
     for flat, parameters, master in zip(flats, groups, masters, strict=True):
         # Offsets from addresses, not from sums of sizes: ZeRO pads for alignment.
-        pieces = tuple(
-            Piece(names[p], p.shape, (p.data_ptr() - flat.data_ptr()) // flat.element_size())
+        whole = tuple(
+            Slice(names[p], p.shape, 0, (p.data_ptr() - flat.data_ptr()) // flat.element_size(), p.numel())
             for p in parameters
         )
-        start = dist.get_rank() * master.numel()
-        partitions.append(Partition(pieces, flat.numel(), start, master.data, master))
+        partitions.append(_of_layout(whole, flat.numel(), dist.get_rank() * master.numel(), master))
     return partitions
 
 
+def _scattered(optimizer: Any, parameters: list[Any], master: Tensor, names: dict[Tensor, str]) -> Partition:
+    """Of ZeRO 3, which cuts each parameter into equal parts, the last of them padded."""
+    slices = []
+    for p in parameters:
+        _, at, numel = optimizer.grad_position[optimizer.get_param_id(p)]
+        first = dist.get_rank() * numel
+        count = min(numel, p.ds_numel - first)
+        if count > 0:
+            slices.append(Slice(names[p], p.ds_shape, first, at, count))
+    return Partition(tuple(names[p] for p in parameters), tuple(slices), master.data, master, None)
+
+
 def _of_group(group: FlatGroup, names: dict[Tensor, str]) -> Partition:
-    pieces = tuple(Piece(names[s.parameter], s.parameter.shape, s.offset) for s in group.slots)
-    return Partition(pieces, group.master.numel(), 0, group.master, group.master)
+    whole = tuple(
+        Slice(names[s.parameter], s.parameter.shape, 0, s.offset, s.parameter.numel()) for s in group.slots
+    )
+    return _of_layout(whole, group.master.numel(), 0, group.master)
 
 
 def _whole(name: str, master: Tensor) -> Partition:
-    return Partition((Piece(name, master.shape, 0),), master.numel(), 0, master.data.view(-1), master)
+    return _of_layout((Slice(name, master.shape, 0, 0, master.numel()),), master.numel(), 0, master)
+
+
+def _of_layout(whole: tuple[Slice, ...], numel: int, start: int, master: Tensor) -> Partition:
+    layout = FlatLayout(whole, numel, start)
+    names, part = tuple(s.name for s in whole), master.data.view(-1)
+    return Partition(names, layout.part(part.numel()), part, master, layout)
 
 
 def _chain(groups: Iterable[Iterable[Tensor]]) -> Iterable[Tensor]:
@@ -124,14 +174,16 @@ def gather(partitions: list[Partition], parts: list[Tensor]) -> dict[str, Tensor
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for partition, part in zip(partitions, parts, strict=True):
         if partition.is_whole:
-            whole = part
+            slices, slots = [partition.slices], [part]
         else:
-            whole = part.new_empty(partition.group_numel) if rank == 0 else part
-            slots = list(whole.split(part.numel())) if rank == 0 else None
-            assert slots is None or len(slots) == world_size
+            slices = [()] * world_size
+            dist.all_gather_object(slices, partition.slices)
+            slots = [torch.empty_like(part) for _ in range(world_size)] if rank == 0 else None
             dist.gather(part, slots, dst=0)
-        if rank == 0:
-            named |= {name: tensor.cpu().clone() for name, tensor in partition.split(whole).items()}
+        for cut, slot in zip(slices, slots or [], strict=False):
+            for s in cut if rank == 0 else ():
+                whole = named.setdefault(s.name, torch.empty(s.shape)).view(-1)
+                whole[s.first : s.first + s.count].copy_(slot[s.at : s.at + s.count])
     return named
 
 
@@ -150,11 +202,16 @@ def moments_of(engine: Engine, partitions: list[Partition], moment: str) -> list
 
 def load_weights(engine: Engine, partitions: list[Partition], weights: Mapping[str, Tensor]) -> None:
     """Set the fp32 masters, and the weights the network computes with, from named fp32 tensors."""
+    parameters = dict(engine.module.named_parameters())
     with torch.no_grad():
         for partition in partitions:
             partition.take(weights, into=partition.master)
-        for name, parameter in engine.module.named_parameters():
-            parameter.copy_(weights[name])
+            for s in partition.slices if partition.layout is None else ():
+                local: Tensor = parameters[s.name].ds_tensor  # type: ignore[assignment]
+                local[: s.count].copy_(partition.master[s.at : s.at + s.count])
+        for name, parameter in parameters.items():
+            if parameter.numel():  # of ZeRO 3 between uses it is empty
+                parameter.copy_(weights[name])
 
 
 def load_moments(

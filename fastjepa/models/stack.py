@@ -1,5 +1,7 @@
 """Blocks one after another, and how they are run."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast, overload
 
@@ -20,12 +22,15 @@ class Stack(nn.ModuleList):
 
     Attributes:
         recompute: backward computes each block's insides again, to save memory.
+        lend: has the weights of the block of a number there while that block runs, without a gradient. None
+            where they always are.
         is_fused: see `Block`.
     """
 
     def __init__(self, depth: int, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.recompute = False
+        self.lend: Callable[[int], AbstractContextManager[None]] | None = None
 
     @overload
     def __getitem__(self, idx: slice) -> "Stack": ...
@@ -89,7 +94,8 @@ class Stack(nn.ModuleList):
         for number, block in enumerate(self.blocks()):
             begun = first if number == 0 else None
             step = partial(_run_block, block, sequences, rows if number == len(self) - 1 else None, begun)
-            x, delta = checkpoint(step, x, delta, use_reentrant=False) if again else step(x, delta)
+            with nullcontext() if self.lend is None else self.lend(number):
+                x, delta = checkpoint(step, x, delta, use_reentrant=False) if again else step(x, delta)
         return x, delta
 
     def finish(self, norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> Tensor:
