@@ -1,13 +1,14 @@
 """Where an engine keeps the fp32 weights and the moments, and which parameter each element belongs to.
 
 ZeRO flattens the parameters of an optimizer group into one buffer and gives each rank an equal, contiguous
-part of its fp32 master; ZeRO 3 does that with every parameter. Everything of ours that must live beside the master (the shadow of the target
-encoder) or must not depend on how it was cut (checkpoints) goes through `Partition`.
+part of its fp32 master; ZeRO 3 does that with every parameter. Everything of ours that must live beside the
+master (the shadow of the target encoder) or must not depend on how it was cut (checkpoints) goes through
+`Partition`.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -171,6 +172,7 @@ def gather(partitions: list[Partition], parts: list[Tensor]) -> dict[str, Tensor
         parts: a flat tensor beside each partition's master.
     """
     named: dict[str, Tensor] = {}
+    slots: list[Tensor] | None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for partition, part in zip(partitions, parts, strict=True):
         if partition.is_whole:
@@ -207,7 +209,7 @@ def load_weights(engine: Engine, partitions: list[Partition], weights: Mapping[s
         for partition in partitions:
             partition.take(weights, into=partition.master)
             for s in partition.slices if partition.layout is None else ():
-                local: Tensor = parameters[s.name].ds_tensor  # type: ignore[assignment]
+                local: Tensor = cast(Any, parameters[s.name]).ds_tensor
                 local[: s.count].copy_(partition.master[s.at : s.at + s.count])
         for name, parameter in parameters.items():
             if parameter.numel():  # of ZeRO 3 between uses it is empty

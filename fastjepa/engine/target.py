@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastjepa_kernels as fk
 from fastjepa.engine.lending import Lender, Share, all_gather
