@@ -15,7 +15,7 @@ from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
-from fastjepa.engine.learner import Learner
+from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.world import World
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
@@ -79,31 +79,31 @@ class Judgement:
         queries = self.images.queries
         return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
 
-    def so_far(self, learner: Learner, position: Position) -> None:
+    def so_far(self, encoders: Encoders, position: Position) -> None:
         """On a part of the labelled images, unless it is written already."""
         if self.judge is None or self.metrics.has(position.step, "knn_top1"):
             return
-        verdict = self.judge.encoder("so far", learner.judged_encoder, quick=True)
+        verdict = self.judge.encoder("so far", encoders.judged, quick=True)
         self._write_verdict(verdict, position)
         self.console.show_verdict(position.step, verdict)
 
-    def final(self, learner: Learner, position: Position) -> None:
+    def final(self, encoders: Encoders, position: Position) -> None:
         """Beside the baselines, and a picture of the features."""
         verdicts: list[Verdict] = []
         if self.judge is not None:
-            if learner.target is None:
-                verdicts = [self.judge.encoder("trained encoder", learner.judged_encoder)]
+            if encoders.target is None:
+                verdicts = [self.judge.encoder("trained encoder", encoders.context)]
             else:
                 verdicts = [
-                    self.judge.encoder("trained target encoder", learner.judged_encoder),
-                    self.judge.encoder("trained context encoder", learner.model.encoder),
+                    self.judge.encoder("trained target encoder", encoders.target),
+                    self.judge.encoder("trained context encoder", encoders.context),
                 ]
             self._write_verdict(verdicts[0], position)
         names = {verdict.name for verdict in verdicts}
         kept = [row for row in self.summary.get("probe", []) if row["name"] not in names]
         self.summary |= self._description(position)
         self.summary["probe"] = kept + [verdict.as_row() for verdict in verdicts]
-        self._snapshot(learner.judged_encoder, position)
+        self._snapshot(encoders.judged, position)
         self._write_summary()
         if verdicts:
             self.console.show_table(self.summary["probe"])

@@ -163,10 +163,20 @@ class Learner:
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
 
-    @property
-    def judged_encoder(self) -> VisionTransformer:
-        """What evaluation looks at: the target encoder for JEPA, as published; the encoder for MAE."""
-        return self.model.target_encoder if isinstance(self.model, JEPA) else self.model.encoder
+    def encoders(self) -> "Encoders":
+        """What can be judged, whole on rank 0 (every rank must call this).
+
+        At ZeRO 3 they are copies there, of which the other ranks get empty ones.
+        """
+        model = self.model
+        target = model.target_encoder if isinstance(model, JEPA) else None
+        if all(partition.layout is not None for partition in self.partitions):
+            return Encoders(model.encoder, target)
+        mine = [partition for partition in self.partitions if partition.names[0].startswith(ENCODER)]
+        context = _whole_copy(model.encoder, gather(mine, [partition.master for partition in mine]))
+        if self.target is None:
+            return Encoders(context, None)
+        return Encoders(context, _whole_copy(model.encoder, self.target.gather_shadow()))
 
     def is_finite(self) -> Tensor:
         """0-d bool on the device: whether this rank's master weights are all finite."""
@@ -190,6 +200,27 @@ class Learner:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
             self._refresh_fp8()
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Those of a learner: the context encoder, or that of MAE, and the target encoder of JEPA."""
+
+    context: VisionTransformer
+    target: VisionTransformer | None
+
+    @property
+    def judged(self) -> VisionTransformer:
+        """What evaluation looks at: the target encoder for JEPA, as published; the encoder for MAE."""
+        return self.context if self.target is None else self.target
+
+
+def _whole_copy(encoder: VisionTransformer, weights: Named) -> VisionTransformer:
+    """An encoder of the same shape, place and precision, with weights named as in the student."""
+    copy = VisionTransformer(encoder.shape, encoder.pixel_mean, encoder.pixel_std)
+    if weights:  # on rank 0
+        copy.load_state_dict({name.removeprefix(ENCODER): w for name, w in weights.items()}, strict=False)
+    return copy.to(encoder.pos_embed)
 
 
 def how_it_runs(learner: Learner, config: Config, world: World) -> str:

@@ -29,7 +29,7 @@ from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judgement import Judgement
-from fastjepa.engine.learner import Learner
+from fastjepa.engine.learner import Encoders, Learner
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule
@@ -216,17 +216,19 @@ class Run:
         every, step = self.config.probe.every_steps, self.position.step
         if every and step and step % every == 0:
             self._finite_losses()
-            self.world.on_main(lambda: self.judgement.so_far(learner, self.position))
+            encoders = learner.encoders()
+            self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
         unreadable: list[Any] = [None] * self.world.size
         dist.all_gather_object(unreadable, self.unreadable, group=self.world.hosts)
         self.unreadable = set().union(*unreadable)
-        self.world.on_main(lambda: self._conclude(learner))
+        encoders = learner.encoders()
+        self.world.on_main(lambda: self._conclude(encoders))
 
-    def _conclude(self, learner: Learner) -> None:
-        self.judgement.final(learner, self.position)
+    def _conclude(self, encoders: Encoders) -> None:
+        self.judgement.final(encoders, self.position)
         if self.unreadable:
             count = f"{len(self.unreadable)} of {len(self.images.train)}"
             self.console.say(f"{count} images could not be read and were skipped; they are named above")
