@@ -14,6 +14,7 @@ from fastjepa.engine.launch import start_engine
 from fastjepa.engine.partitions import (
     MOMENTS,
     Partition,
+    Parts,
     gather,
     load_moments,
     load_weights,
@@ -182,14 +183,18 @@ class Learner:
         """0-d bool on the device: whether this rank's master weights are all finite."""
         return torch.stack([torch.isfinite(p.master).all() for p in self.partitions]).all()
 
-    def gather(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, moments and shadow by name, on rank 0 (every rank must call this)."""
-        state = {"student": gather(self.partitions, [p.master for p in self.partitions])}
+    def parts(self) -> dict[str, Parts]:
+        """Weights, moments and shadow as this rank has them, by the name of their file in a checkpoint."""
+        state = {"student": Parts(self.partitions, [p.master for p in self.partitions])}
         for moment in MOMENTS:
-            state[moment] = gather(self.partitions, moments_of(self.engine, self.partitions, moment))
+            state[moment] = Parts(self.partitions, moments_of(self.engine, self.partitions, moment))
         if self.target is not None:
-            state["target"] = self.target.gather_shadow()
+            state["target"] = Parts(self.target.partitions, self.target.shadow)
         return state
+
+    def gather(self) -> dict[str, dict[str, Tensor]]:
+        """All of `parts`, whole and by name, on the host of rank 0 (every rank must call this)."""
+        return {kind: gather(parts.partitions, parts.tensors) for kind, parts in self.parts().items()}
 
     def load(self, student: Named, target: Named | None, moments: Mapping[str, Named], updates: int) -> None:
         """Set everything from named fp32 tensors; `updates` is the optimizer's count, 0 for a fresh one."""

@@ -6,7 +6,7 @@ master (the shadow of the target encoder) or must not depend on how it was cut (
 `Partition`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.single import FlatGroup, SingleDevice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AT_ONCE = 2**24  # elements that `gather` has on a device at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,19 @@ class Partition:
             into[s.at : s.at + s.count].copy_(named[s.name].reshape(-1)[s.first : s.first + s.count])
 
 
+@dataclass(frozen=True)
+class Parts:
+    """One kind of state, such as a moment, as this rank has it.
+
+    Attributes:
+        partitions: which elements of which parameters it is.
+        tensors: fp32 [n], flat, beside each partition's master.
+    """
+
+    partitions: Sequence[Partition]
+    tensors: Sequence[Tensor]
+
+
 def partitions_of(engine: Engine) -> list[Partition]:
     """The partitions of an engine, in the order of its optimizer groups."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -164,29 +178,43 @@ def _chain(groups: Iterable[Iterable[Tensor]]) -> Iterable[Tensor]:
     return (tensor for group in groups for tensor in group)
 
 
-def gather(partitions: list[Partition], parts: list[Tensor]) -> dict[str, Tensor]:
+def gather(partitions: Sequence[Partition], parts: Sequence[Tensor]) -> dict[str, Tensor]:
     """Put the ranks' parts together, by name, on the CPU of rank 0; the other ranks get nothing.
+
+    The device of rank 0 sees `AT_ONCE` elements of them at a time.
 
     Args:
         partitions: as on every rank.
         parts: a flat tensor beside each partition's master.
     """
     named: dict[str, Tensor] = {}
-    slots: list[Tensor] | None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = 1 if all(p.is_whole for p in partitions) else dist.get_world_size()
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
     for partition, part in zip(partitions, parts, strict=True):
         if partition.is_whole:
-            slices, slots = [partition.slices], [part]
-        else:
-            slices = [()] * world_size
-            dist.all_gather_object(slices, partition.slices)
-            slots = [torch.empty_like(part) for _ in range(world_size)] if rank == 0 else None
-            dist.gather(part, slots, dst=0)
-        for cut, slot in zip(slices, slots or [], strict=False):
-            for s in cut if rank == 0 else ():
-                whole = named.setdefault(s.name, torch.empty(s.shape)).view(-1)
-                whole[s.first : s.first + s.count].copy_(slot[s.at : s.at + s.count])
+            if is_main:
+                _put(partition.slices, 0, part, named)
+            continue
+        slices: list[tuple[Slice, ...]] = [()] * world_size
+        dist.all_gather_object(slices, partition.slices)
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        for begin in range(0, part.numel(), AT_ONCE // world_size):
+            piece = part[begin : begin + AT_ONCE // world_size].to(device)
+            slots = [torch.empty_like(piece) for _ in range(world_size)] if is_main else None
+            dist.gather(piece, slots, dst=0)
+            for cut, slot in zip(slices, slots or [], strict=False):
+                _put(cut, begin, slot, named)
     return named
+
+
+def _put(slices: Iterable[Slice], begin: int, piece: Tensor, named: dict[str, Tensor]) -> None:
+    """Copy what `piece`, a part's elements from `begin` on, has of parameters to where they belong."""
+    for s in slices:
+        low, high = max(s.at, begin), min(s.at + s.count, begin + piece.numel())
+        if low < high:
+            whole = named.setdefault(s.name, torch.empty(s.shape)).view(-1)
+            first = s.first + low - s.at
+            whole[first : first + high - low].copy_(piece[low - begin : high - begin])
 
 
 def moments_of(engine: Engine, partitions: list[Partition], moment: str) -> list[Tensor]:
