@@ -6,6 +6,7 @@ DeepSpeed is imported where an engine of its own is started, and nowhere else.
 import importlib
 import io
 import logging
+import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from fastjepa.config import Config, ConfigError
 from fastjepa.engine.build import build_shape
 from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.single import SingleDevice
-from fastjepa.engine.world import HOST_TIMEOUT, World
+from fastjepa.engine.world import HOST_TIMEOUT, World, start_group_of_one
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -180,8 +181,11 @@ def _start_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":  # it would choose a GPU that it sees
         set_accelerator(CPU_Accelerator())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch 2.14 warns of at each call.
+    warnings.filterwarnings("ignore", ".* is deprecated. Please use `torch.distributed", FutureWarning)
     # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
     setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+    start_group_of_one(world)
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", timeout=HOST_TIMEOUT, verbose=False
     )

@@ -39,6 +39,7 @@ def check_speed(config: Config, world: World) -> None:
     micro_batch(config, world.size)
     _check_graph(config, world)
     _check_target(config, world)
+    _check_stage(config, world)
     if is_single(config, world) and config.deepspeed:
         raise ConfigError(
             "at speed.zero_stage 0 on one device nothing runs under DeepSpeed, and the deepspeed section "
@@ -82,6 +83,28 @@ def _check_graph(config: Config, world: World) -> None:
             f"speed.cuda_graph parts under DeepSpeed in fp32 would lose gradients of speed.accumulation "
             f"{speed.accumulation}: use speed.accumulation 1, optim.precision bf16, or speed.cuda_graph none"
         )
+
+
+def _check_stage(config: Config, world: World) -> None:
+    speed, stage = config.speed, config.speed.zero_stage
+    if speed.offload_optimizer and (stage == 0 or is_single(config, world)):
+        raise ConfigError(
+            "speed.offload_optimizer keeps on the host what ZeRO cuts, and at stage 0 it cuts nothing: use "
+            "speed.zero_stage 1, 2 or 3, or leave it out"
+        )
+    if stage != 3:
+        return
+    refused = {
+        "compile true": speed.compile,  # a graph cannot wait for weights
+        "cuda_graph parts": speed.cuda_graph == "parts",
+        "target_precision fp8": speed.target_precision == "fp8",  # which wants all weights at once
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ConfigError(
+                f"speed.{what} needs whole networks, and at speed.zero_stage 3 each block's weights come and "
+                "go: use a lower stage, or leave it out"
+            )
 
 
 def _check_target(config: Config, world: World) -> None:

@@ -141,7 +141,7 @@ def test_evaluation_runs_between_replays(world: World) -> None:
         (batch,) = next(batches)
         losses.append(float(learner.step([batch], schedule.at(step))[0]))
         with torch.no_grad():  # all patches of fewer images
-            learner.judged_encoder(batch.images[:3])
+            learner.encoders().judged(batch.images[:3])
             learner.model.encoder(batch.images[:3])
     assert max(abs(a - b) / b for a, b in zip(losses, whole[0], strict=True)) < 1e-5
 
