@@ -16,6 +16,7 @@ from contextlib import closing
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.unreadable import TooManyUnreadable
+from fastjepa.data.workers import WorkersDied
 from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
 from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
@@ -32,7 +33,7 @@ from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
 
 # Errors that the person at the keyboard can do something about: the message is all there is to say.
-TOLD = (ConfigError, CheckpointError, TooManyUnreadable, NonFinite, PeerFailed, TimeoutError)
+TOLD = (ConfigError, CheckpointError, TooManyUnreadable, WorkersDied, NonFinite, PeerFailed, TimeoutError)
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 

@@ -112,6 +112,7 @@ def make_loader(
         ValueError: `order` is of another number of images, or its global batch does not divide.
         TooManyUnreadable: while reading, more than 5 % of the images tried cannot be read.
         TimeoutError: while reading, a worker hangs.
+        WorkersDied: while reading, workers are killed again and again.
     """
     if order.images != len(images):
         raise ValueError(f"the order is of {order.images} images, the set has {len(images)}")

@@ -1,18 +1,23 @@
 """Work in other processes, its results in order.
 
 A thin layer over torch's DataLoader, for what a long run on a cluster meets: signals sent to
-every process of a job must not end the workers before the trainer has saved, and a worker that
-hangs must be named, and must not outlive the run.
+every process of a job must not end the workers before the trainer has saved, a worker that hangs
+must be named, and must not outlive the run, and one that is killed must be replaced.
 """
 
 import atexit
-import multiprocessing
+import itertools
+import logging
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -33,10 +38,21 @@ _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _STOP_GRACE_S = 2.0
 
+# How often to look, while no result comes, whether the workers are alive.
+_LOOK_S = 1.0
+# A worker that is killed lets the pipe it answered through go a moment before it counts as dead.
+_DEATH_SHOWS_S = 0.5
+
+# Deaths end the run when so many come within so many results: then it is no accident.
+MOST_DEATHS = 3
+WITHIN_RESULTS = 1000
+
 # The board is what the workers and the main process share: int64 [workers, 3].
 _PID, _AT, _STOP = range(3)
 _IDLE = -1
 _my_row: Tensor | None = None  # of the board, in a worker process
+
+_log = logging.getLogger(__name__)
 
 _open: WeakSet[Generator[Any, None, None]] = WeakSet()
 
@@ -47,6 +63,14 @@ def _close_what_is_open() -> None:
     # last runs first, and multiprocessing, which does the waiting, is imported above.
     for results in list(_open):
         results.close()
+
+
+class WorkersDied(RuntimeError):
+    """Workers were killed again and again; the message names them, what killed them and where they were."""
+
+
+class _Died(Exception):
+    """A worker did; the message names it."""
 
 
 class _Stopped(Exception):
@@ -100,8 +124,12 @@ def in_order(
         timeout_s: how long to wait for a result.
         pin_memory: hand out `result.pin_memory()`, made in a thread beside the main one.
 
+    A worker that dies is replaced, the others with it: the same results follow, done again where they were
+    lost, so that `work` must give the same for the same item.
+
     Raises:
         TimeoutError: no result in time; names the workers that hang, which are then killed.
+        WorkersDied: workers died `MOST_DEATHS` times within `WITHIN_RESULTS` results.
     """
     results = _in_order(work, items, workers, describe, timeout_s, pin_memory)
     _open.add(results)
@@ -122,34 +150,115 @@ def _in_order(
             yield result.pin_memory() if pin_memory else result
         return
 
-    board = torch.zeros(workers, 3, dtype=torch.int64).share_memory_()
-    board[:, _AT] = _IDLE
-    loader = DataLoader(
-        _Work(work),
-        batch_size=None,  # an item is a whole batch already
-        sampler=items,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        timeout=timeout_s,
-        worker_init_fn=partial(_begin_worker, board=board),
-        multiprocessing_context=_START_METHOD,
-        generator=torch.Generator(),  # else it would draw from, and so change, torch's global one
-    )
-    results = iter(loader)
-    try:
-        while True:
-            began_s = time.monotonic()
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if time.monotonic() - began_s < timeout_s:
-                    raise
+    deaths = _Deaths()
+    to_do = iter(items)
+    due: deque[Item] = deque()  # given to workers, their results not handed out yet
+    while True:
+        board = torch.zeros(workers, 3, dtype=torch.int64).share_memory_()
+        board[:, _AT] = _IDLE
+        loader = DataLoader(
+            _Work(work),
+            batch_size=None,  # an item is a whole batch already
+            sampler=_noted(to_do, due),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            timeout=min(_LOOK_S, timeout_s),
+            worker_init_fn=partial(_begin_worker, board=board),
+            multiprocessing_context=_START_METHOD,
+            generator=torch.Generator(),  # else it would draw from, and so change, torch's global one
+        )
+        with _children_handled_as_before():
+            results: Any = iter(loader)
+        try:
+            while True:
+                try:
+                    result = _next(results, board, describe, timeout_s)
+                except StopIteration:
+                    return
+                due.popleft()
+                deaths.handed_out += 1
+                yield result
+        except _Died as died:
+            deaths.count(str(died))
+            for process in results._workers:  # what they are at will be done again
+                process.kill()
+            board[:, _AT] = _IDLE
+            to_do = itertools.chain(tuple(due), to_do)
+            due.clear()
+        finally:
+            _end(results, board)
+
+
+def _noted(items: Iterator[Item], due: deque[Item]) -> Iterator[Item]:
+    for item in items:
+        due.append(item)
+        yield item
+
+
+@dataclass
+class _Deaths:
+    """Counts, and gives up."""
+
+    handed_out: int = 0  # results so far
+    when: list[int] = field(default_factory=list)  # how many those had been at each death
+
+    def count(self, who: str) -> None:
+        """Of one more; raises WorkersDied if they are too many."""
+        self.when.append(self.handed_out)
+        recent = sum(self.handed_out - at < WITHIN_RESULTS for at in self.when)
+        if recent >= MOST_DEATHS:
+            raise WorkersDied(
+                f"{who}: the last of {recent} such deaths. SIGKILL is mostly the kernel's when memory runs "
+                "out: lower speed.workers. Another signal may be the doing of one image and what decodes it"
+            )
+        _log.warning("%s; new workers go on with the same images (death %d)", who, len(self.when))
+
+
+def _next(results: Any, board: Tensor, describe: Callable[[int], str], timeout_s: float) -> Any:
+    """The next result; StopIteration after the last.
+
+    Raises:
+        TimeoutError, _Died: instead of it.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        if who := _who_died(results, board, describe, within_s=0):
+            raise _Died(who)
+        try:
+            return next(results)
+        except StopIteration:
+            raise
+        except Exception as error:
+            # What a dead worker had sent cannot be fetched from it any more, which is known before its death.
+            within_s = _DEATH_SHOWS_S if isinstance(error, OSError | EOFError) else 0.0
+            if who := _who_died(results, board, describe, within_s):
+                raise _Died(who) from error
+            if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader timed out")):
+                raise
+            if time.monotonic() >= deadline_s:
                 raise TimeoutError(_who_hangs(board, describe, timeout_s)) from error
-            yield result
-    finally:
-        _end(results, board)
+
+
+def _who_died(results: Any, board: Tensor, describe: Callable[[int], str], within_s: float) -> str:
+    """In words; empty if all are alive."""
+    dead = multiprocessing.connection.wait([process.sentinel for process in results._workers], within_s)
+    words = []
+    for i, process in enumerate(results._workers):
+        if process.sentinel in dead:
+            process.join(_DEATH_SHOWS_S)
+            at = "" if board[i, _AT] == _IDLE else f" at {describe(int(board[i, _AT]))}"
+            words.append(f"loader worker {i} (process {process.pid}) {_how(process.exitcode or 0)}{at}")
+    return "; ".join(words)
+
+
+def _how(exit_status: int) -> str:
+    """In which way a process ended: 3 -> "ended with status 3", -9 -> "was killed by SIGKILL"."""
+    if exit_status >= 0:
+        return f"ended with status {exit_status}"
+    try:
+        return f"was killed by {signal.Signals(-exit_status).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"was killed by signal {-exit_status}"
 
 
 def _who_hangs(board: Tensor, describe: Callable[[int], str], timeout_s: float) -> str:
@@ -171,24 +280,17 @@ def _end(results: Any, board: Tensor) -> None:
     while (board[:, _AT] != _IDLE).any() and time.monotonic() < deadline_s:
         time.sleep(0.01)
     hanging = set(board[board[:, _AT] != _IDLE, _PID].tolist())
-    if hanging:
-        with _unwatched_children():
-            for process in multiprocessing.active_children():
-                if process.pid in hanging:
-                    process.kill()
-                    process.join(_STOP_GRACE_S)
+    for process in results._workers:
+        if process.pid in hanging:
+            process.kill()
+            process.join(_STOP_GRACE_S)
     results._shutdown_workers()  # else left to __del__, which an error's traceback can put off for ever
 
 
 @contextmanager
-def _unwatched_children() -> Iterator[None]:
+def _children_handled_as_before() -> Iterator[None]:
     """DataLoader's SIGCHLD handler raises, wherever the main thread is, when a worker is killed."""
-    try:
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    except ValueError:  # not the main thread, where no handler runs
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():  # where DataLoader sets one
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -94,17 +94,18 @@ class Learner:
             group["lr"] = rates.lr
             group["weight_decay"] = rates.weight_decay if group["decayed"] else 0.0
         losses: list[Tensor] = []
+        skip = None
         for batch in micro_batches:
             self._graph_parts_once(batch.images, batch.masks)
             out = self.model.step(self.engine, batch.images, batch.masks)
             self.engine.backward(out.loss)
-            self._note_gradients(self.engine)
+            skip = self._decide_alone(self.engine)
             self.engine.step()
             losses.append(out.loss.detach())
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             self.grad_norm = norm
-        if self.engine.was_step_applied():
+        if self.engine.was_step_applied() and not skip:
             self._told = Told(self._told.updates + 1, 0)
             if self.target is not None:
                 self.target.update(rates.momentum)
@@ -158,11 +159,23 @@ class Learner:
         if isinstance(self.model, JEPA) and self.model.fp8 is not None:
             self.model.fp8.refresh()
 
-    def _note_gradients(self, engine: ZeroEngine) -> None:
-        """Stage 0 in fp32 is a plain optimizer: DeepSpeed takes no norm of its gradients."""
-        if isinstance(engine.optimizer, torch.optim.Optimizer):
-            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+    def _decide_alone(self, engine: ZeroEngine) -> Tensor | None:
+        """Where DeepSpeed takes no norm of the gradients, take it; if it is no number, have the step skipped.
+
+        Stage 0 in fp32 is a plain optimizer. Its gradients are averages over the ranks, so that all decide
+        the same, and it is told as torch's gradient scaler tells it.
+
+        Returns:
+            0-d on the device: whether it is skipped; None where DeepSpeed sees to it.
+        """
+        optimizer = engine.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return None
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        skip = self.grad_norm.isfinite().logical_not()
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        return skip
 
     def encoders(self) -> "Encoders":
         """What can be judged, whole on rank 0 (every rank must call this).

@@ -1,17 +1,21 @@
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastjepa.data import workers
-from fastjepa.data.workers import in_order, note
+from fastjepa.data.workers import MOST_DEATHS, WITHIN_RESULTS, WorkersDied, in_order, note
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +87,85 @@ def test_a_worker_that_hangs_is_named_and_killed(monkeypatch: pytest.MonkeyPatch
         pids.extend(results)
     assert str(pids[1]) in str(hang.value)
     assert not any(alive(pid) for pid in set(pids))
+
+
+def killed_once(item: int, marks: Path) -> tuple[int, int]:
+    """At 5 and at 11 a worker kills itself, the first time that one comes there."""
+    note(item)
+    mark = marks / str(item)
+    if item in (5, 11) and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item, os.getpid()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_is_killed_is_replaced_and_no_result_is_lost(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    results = list(start(partial(killed_once, marks=tmp_path), iter(range(40)), count))
+    assert [item for item, _ in results] == list(range(40))
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert not any(alive(pid) for _, pid in results)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    first, second = caplog.messages
+    assert re.match(r"loader worker \d \(process \d+\) was killed by SIGKILL at image 5; new workers", first)
+    assert "at image 11; " in second
+    assert second.endswith("(death 2)")
+
+
+def test_a_worker_killed_from_outside_while_nobody_waits_for_it() -> None:
+    """No handler may raise in what the main thread does then."""
+    results = start(whoami, range(200))
+    pids = {next(results)[1], next(results)[1]}
+    os.kill(pids.pop(), signal.SIGKILL)
+    deadline_s = time.monotonic() + 0.3
+    while time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert [item for item, _, _ in results] == list(range(2, 200))
+
+
+def killed_at_five(item: int) -> int:
+    note(item)
+    if item == 5:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return item
+
+
+def test_workers_that_are_killed_again_and_again_are_given_up() -> None:
+    results = start(killed_at_five, range(40))
+    done: list[int] = []
+    message = r"worker \d \(process \d+\) was killed by SIGSEGV at image 5: the last of 3 such deaths"
+    with pytest.raises(WorkersDied, match=message):
+        done.extend(results)
+    assert done == list(range(5))[: len(done)]
+
+
+def end_at_three(item: int) -> int:
+    if item == 3:
+        os._exit(7)
+    return item
+
+
+def test_a_worker_that_ends_is_named_with_its_status() -> None:
+    with pytest.raises(WorkersDied, match="ended with status 7"):
+        list(start(end_at_three, range(10), 1))
+
+
+@given(st.lists(st.integers(0, 3 * WITHIN_RESULTS), max_size=12).map(sorted))
+def test_deaths_far_apart_are_forgiven(when: list[int]) -> None:
+    deaths = workers._Deaths()
+    gave_up = False
+    for at in when:
+        deaths.handed_out = at
+        try:
+            deaths.count("someone")
+        except WorkersDied:
+            gave_up = True
+            break
+    apart = zip(when, when[MOST_DEATHS - 1 :], strict=False)
+    assert gave_up == any(last - first < WITHIN_RESULTS for first, last in apart)
 
 
 def fail_at_five(item: int) -> int:
