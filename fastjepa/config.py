@@ -155,6 +155,12 @@ class RunConfig:
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps
     keep_last: Count = 2  # checkpoints
+    keep_every: Count | None = None  # steps: checkpoints of multiples of it stay for ever
+    # auto: the newest good checkpoint, under the same settings; force: under others too; never: refuse, if any.
+    resume: Literal["auto", "force", "never"] = "auto"
+    join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
+    dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run
+    hang_after_s: Positive = 600.0  # so is one that others wait for so long; 12 times that to save or judge
 
 
 @dataclass
@@ -366,7 +372,7 @@ def possible_graphs(config: Config) -> list[str]:
     keeps_gradients = config.optim.precision == "bf16" or speed.accumulation == 1  # see check_speed
     kinds = {
         "step": speed.zero_stage in ("auto", 0) and speed.accumulation == 1,
-        "parts": is_jepa and config.masks.mode == "budget" and keeps_gradients,
+        "parts": is_jepa and config.masks.mode == "budget" and keeps_gradients and speed.zero_stage != 3,
     }
     return [kind for kind, is_possible in kinds.items() if is_possible]
 

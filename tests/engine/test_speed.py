@@ -142,6 +142,35 @@ def test_a_run_says_how_it_runs(engine: type, graph: Any, buckets: bool, size: i
     assert said in how_it_runs(learner, config_of(), world(size))
 
 
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        (
+            {"compile": True},
+            "speed.compile true needs whole networks, and at speed.zero_stage 3 each block's",
+        ),
+        ({"cuda_graph": "parts"}, "cuda_graph parts needs whole networks"),
+        ({"target_precision": "fp8"}, "target_precision fp8 needs whole networks.*use a lower stage"),
+        (
+            {"cuda_graph": "step"},
+            "step needs speed.zero_stage 0 on one device, got stage 3: .*cuda_graph none$",
+        ),
+    ],
+)
+def test_stage_3_has_no_whole_network(speed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_speed(config_of(**speed, zero_stage=3), world(2))
+
+
+def test_offload_is_of_what_zero_cuts() -> None:
+    said = "offload_optimizer keeps on the host what ZeRO cuts, .* use speed.zero_stage 1, 2 or 3"
+    for stage, size in ((0, 2), ("auto", 1)):
+        with pytest.raises(ConfigError, match=said):
+            check_speed(config_of(offload_optimizer=True, zero_stage=stage), world(size))
+    for stage, size in (("auto", 2), (1, 1), (2, 2), (3, 1)):
+        check_speed(config_of(offload_optimizer=True, zero_stage=stage), world(size))
+
+
 def test_every_default_passes() -> None:
     for size, device in ((1, "cpu"), (1, "cuda"), (8, "cuda")):
         check_speed(load_config(None), world(size, device))
