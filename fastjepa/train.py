@@ -17,6 +17,7 @@ from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.unreadable import TooManyUnreadable
 from fastjepa.data.workers import WorkersDied
+from fastjepa.engine.activity import Doing
 from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
 from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
@@ -28,7 +29,7 @@ from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.run import Run
 from fastjepa.engine.speed import check_speed
 from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest
-from fastjepa.engine.world import join_world, leave_world
+from fastjepa.engine.world import World, joined
 from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
 
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         if options.print_config:
             print(config.to_yaml(), end="")
             return 0
-        return pretrain(config)
+        with joined(config.speed.device, config.run) as world:
+            return pretrain(config, world)
     except TOLD as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,13 +64,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would hide the exit status
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    finally:
-        leave_world()
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, world: World) -> int:
     """One run, or the rest of one; the exit status."""
-    world = join_world(config.speed.device)
     # Whatever does not fit together is refused here, before anything is written.
     images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
     order = build_order(config, len(images.train))
@@ -127,7 +126,8 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
     with closing(batches):
         for step in range(run.position.step, run.schedule.steps):
-            with run.clock.waiting():
+            world.activity.begin(Doing.COMPUTING, step, saved_step)
+            with run.clock.waiting(), world.activity.during(Doing.LOADING):
                 micro_batches, failure = fetch(steps)
             call = world.worst(stop.call if failure is None else Call.GIVE_UP)
             if call != Call.GO_ON:
@@ -142,11 +142,14 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
             if done == 1 or done % config.run.log_every == 0 or done == run.schedule.steps:
                 run.log(learner, rates)
             with run.clock.paused():
-                if done % config.run.save_every == 0 and run.save(learner):
-                    saved_step = done
+                with world.activity.during(Doing.SAVING):
+                    if done % config.run.save_every == 0 and run.save(learner):
+                        saved_step = done
                 run.judge_if_due(learner)
     run.hear_last(learner)
-    if saved_step != run.position.step and not run.save(learner):
+    with world.activity.during(Doing.SAVING):
+        is_saved = saved_step == run.position.step or run.save(learner)
+    if not is_saved:
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
     if call == Call.GIVE_UP:
         raise failure or PeerFailed("another rank stopped; its message says why")

@@ -6,6 +6,7 @@ must be named, and must not outlive the run, and one that is killed must be repl
 """
 
 import atexit
+import ctypes
 import itertools
 import logging
 import multiprocessing.connection
@@ -101,8 +102,19 @@ def _begin_worker(worker: int, board: Tensor) -> None:
     global _my_row
     for name in _IGNORED_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _die_with_parent()
     _my_row = board[worker]
     _my_row[_PID] = os.getpid()
+
+
+def _die_with_parent() -> None:
+    """A worker ignores signals, and so would outlive a trainer that is killed, with its connections and memory."""
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it was killed before that
+            os._exit(1)
 
 
 def in_order(

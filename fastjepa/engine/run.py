@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastjepa.config import Config
@@ -221,9 +220,7 @@ class Run:
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
-        unreadable: list[Any] = [None] * self.world.size
-        dist.all_gather_object(unreadable, self.unreadable, group=self.world.hosts)
-        self.unreadable = set().union(*unreadable)
+        self.unreadable = set().union(*self.world.gather(self.unreadable))
         encoders = learner.encoders()
         self.world.on_main(lambda: self._conclude(encoders))
 

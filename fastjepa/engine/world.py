@@ -1,20 +1,26 @@
 """The processes of a run: which of them this is, on which device, and what they decide together."""
 
 import os
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from fastjepa.config import ConfigError
+from fastjepa.config import ConfigError, RunConfig
+from fastjepa.engine.activity import Activity, Doing
+from fastjepa.engine.launchers import Placement, find_placement
+from fastjepa.engine.rendezvous import interface_of, meet
 from fastjepa.engine.stopping import PeerFailed
+from fastjepa.engine.watch import Guest, Host, Watch
 
 T = TypeVar("T")
-HOST_TIMEOUT = timedelta(hours=12)  # rank 0 judges and saves while the others wait
+# Rank 0 judges and saves while the others wait. A rank that is lost is noticed by the watch, far earlier.
+HOST_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,9 @@ class World:
     rank: int
     size: int
     device: torch.device
-    hosts: dist.ProcessGroup  # gloo, for decisions that must not wait for a device
+    hosts: dist.ProcessGroup | None  # gloo, for what must not wait for a device; None in one process
+    activity: Activity = field(default_factory=Activity)
+    watch: Watch | None = None  # over the other processes
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +43,8 @@ class World:
         if self.size == 1:
             return code
         tensor = torch.tensor([code])
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.hosts)
+        with self.activity.during(Doing.AGREEING):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.hosts)
         return int(tensor.item())
 
     def on_main(self, do: Callable[[], T]) -> T | None:
@@ -45,14 +54,24 @@ class World:
             Its result on rank 0, None elsewhere.
         """
         result, failure = None, None
-        if self.is_main:
-            try:
-                result = do()
-            except Exception as error:  # raised again below, once the others know
-                failure = error
+        with self.activity.during(Doing.ON_MAIN):
+            if self.is_main:
+                try:
+                    result = do()
+                except Exception as error:  # raised again below, once the others know
+                    failure = error
         if self.worst(int(failure is not None)):
             raise failure or PeerFailed("rank 0 could not go on; its message says why")
         return result
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.activity.during(Doing.AGREEING):
+            dist.all_gather_object(values, value, group=self.hosts)
+        return values
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor on the device."""
@@ -61,38 +80,104 @@ class World:
         return values / self.size
 
 
-def join_world(device: str) -> World:
-    """Join the processes that a launcher started, or be the only one.
+def join_world(device: str, run: RunConfig | None = None) -> World:
+    """Join the processes that a launcher started, or be the only one, which listens on no port.
 
     Raises:
-        ConfigError: CUDA was asked for and there is none.
+        ConfigError: CUDA was asked for and there is none, the launcher's variables make no sense, or the
+            other processes cannot be found.
     """
+    run = run or RunConfig()
+    placement = find_placement(os.environ)
+    where = _device(device, placement)
+    os.environ |= placement.variables()  # for DeepSpeed
+    if placement.size == 1:
+        return World(0, 1, where, None)
+    meeting = meet(placement, run.join_within_s)
+    activity = Activity()
+    limits = (activity, run.dead_after_s, run.hang_after_s)
+    is_main = placement.rank == 0
+    watch = Host(meeting, *limits) if is_main else Guest(placement.rank, meeting, *limits)
+    watch.start()
+    _keep_gloo_on(meeting.address)
+    dist.init_process_group(
+        "nccl" if where.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", meeting.store),
+        rank=placement.rank,
+        world_size=placement.size,
+        timeout=HOST_TIMEOUT,
+    )
+    hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    return World(placement.rank, placement.size, where, hosts, activity, watch)
+
+
+def _device(device: str, placement: Placement) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("speed.device is cuda, but torch sees no CUDA device here; use auto or cpu")
-    on_cuda = device != "cpu" and torch.cuda.is_available()
-    if "RANK" not in os.environ:  # a bare `python`
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            raise ConfigError(
-                "Slurm starts several tasks, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
-                "are not set, so each would be a run of its own: let torchrun start the processes"
-            )
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=HOST_TIMEOUT)
-    hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
-    return World(dist.get_rank(), dist.get_world_size(), where, hosts)
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count(), placement.local_rank
+    if count == 1 and placement.launcher in ("srun", "mpirun"):
+        index = 0  # they can show each process a device of its own alone
+    if index >= count:
+        raise ConfigError(
+            f"rank {placement.rank} is process {index} on its host, which shows it {count} CUDA devices: "
+            "start one process for each device"
+        )
+    where = torch.device("cuda", index)
+    torch.cuda.set_device(where)
+    return where
+
+
+def _keep_gloo_on(address: str) -> None:
+    """Gloo would take the interface of the host's name, which need not be that of MASTER_ADDR."""
+    interface = interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def start_group_of_one(world: World) -> None:
+    """The process group that DeepSpeed wants in a run of one process too; gloo's listens on loopback."""
+    if not dist.is_initialized():
+        _keep_gloo_on("127.0.0.1")
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def joined(device: str, run: RunConfig) -> Iterator[World]:
+    """Within it this process is one of the run's; at its end it says goodbye to the others.
+
+    Raises:
+        ConfigError: as `join_world` does.
+    """
+    world = join_world(device, run)
+    try:
+        yield world
+    except BaseException as error:
+        if world.watch is not None:
+            if isinstance(error, RuntimeError) and is_of_connection(error):
+                world.watch.explain()
+            world.watch.leave(_in_short(error))
+        raise
+    else:
+        if world.watch is not None:
+            world.watch.leave()
+    finally:
+        leave_world()
+
+
+def is_of_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or bool(
+        re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe", str(error))
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
