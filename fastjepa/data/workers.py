@@ -108,7 +108,7 @@ def _begin_worker(worker: int, board: Tensor) -> None:
 
 
 def _die_with_parent() -> None:
-    """A worker ignores signals, and so would outlive a trainer that is killed, with its connections and memory."""
+    """It ignores signals, and so would outlive a trainer that is killed, with its connections and memory."""
     parent = multiprocessing.parent_process()
     if sys.platform == "linux" and parent is not None:
         pr_set_pdeathsig = 1

@@ -186,7 +186,6 @@ def _start_deepspeed(world: World) -> Any:
     # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
     setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     start_group_of_one(world)
-    start_group_of_one(world)
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", timeout=HOST_TIMEOUT, verbose=False
     )
