@@ -43,6 +43,10 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "report" / "summary.json"
 
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "report" / "snapshots"
+
     def open(self, config: Config) -> TextIO:
         """Make the folder, or take it up again.
 
@@ -105,14 +109,13 @@ class RunFolder:
             features: [n, N, D].
             masks: as sampled for these images.
         """
-        directory = self.path / "report" / "snapshots"
-        directory.mkdir(parents=True, exist_ok=True)
+        self.snapshots.mkdir(parents=True, exist_ok=True)
         tensors = {"images": images, "features": features.half(), "targets": masks.targets}
         if masks.cu_seqlens is None:
             tensors["context"] = masks.context
         else:
             tensors |= {"context_flat": masks.context, "cu_seqlens": masks.cu_seqlens}
-        file = directory / f"step_{step:08d}.safetensors"
+        file = self.snapshots / f"step_{step:08d}.safetensors"
         partial = file.with_suffix(".tmp")
         try:
             save_file(

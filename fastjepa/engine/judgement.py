@@ -12,6 +12,7 @@ from fastjepa.data.views import read_views
 from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoint import Position
 from fastjepa.engine.console import RunConsole
+from fastjepa.engine.disk import Disk
 from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
@@ -32,6 +33,7 @@ class Judgement:
 
     Attributes:
         summary: what report/summary.json holds.
+        disk: knows what cannot be written.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Judgement:
 
     def __post_init__(self) -> None:
         self.judge = Judge.of(self.images, self.config, self.world.device)
+        self.disk = Disk(self.console)
 
     def baselines(self, model: JEPA | MAE, position: Position) -> None:
         """Of what training starts from, and raw pixels, and a picture of the features: once in a run."""
@@ -123,22 +126,22 @@ class Judgement:
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """A row of metrics.jsonl."""
         # JSON has no infinity.
-        failure = self.metrics.write({k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)})
-        if failure is not None:
-            self.console.warn(failure)
+        finite = {k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)}
+        self.disk.attempt(
+            self.metrics.path,
+            lambda: self.metrics.write(finite),
+            "training goes on without it, and its rows wait until it can be",
+        )
 
     def _write_verdict(self, verdict: Verdict, position: Position) -> None:
         self.write({"step": position.step, "images": position.images_seen, **verdict.as_metrics()})
 
     def _write_summary(self) -> None:
-        try:
-            self.folder.write_summary(self.summary)
-        except OSError as error:
-            self._report_lacks(error)
-
-    def _report_lacks(self, error: OSError) -> None:
-        """A full disk costs a part of the report, not the run."""
-        self.console.warn(f"a part of the report is missing, as it could not be written: {error}")
+        self.disk.attempt(
+            self.folder.summary,
+            lambda: self.folder.write_summary(self.summary),
+            "the report will lack what it says",
+        )
 
     def _description(self, position: Position) -> dict[str, Any]:
         device = self.world.device
@@ -165,7 +168,10 @@ class Judgement:
         views = read_views(shown, index.tolist(), self.config.data.image_size)
         features = encoder(views.pixels.to(self.world.device))[:, int(encoder.shape.class_token) :]
         masks = self.masks.sample(views.image_index, epoch=0, step=position.step)
-        try:
-            self.folder.write_snapshot(position.step, encoder.shape.grid, views.pixels, features, masks)
-        except OSError as error:
-            self._report_lacks(error)
+        self.disk.attempt(
+            self.folder.snapshots,
+            lambda: self.folder.write_snapshot(
+                position.step, encoder.shape.grid, views.pixels, features, masks
+            ),
+            f"the report will lack the pictures of step {position.step}",
+        )

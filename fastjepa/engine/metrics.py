@@ -8,57 +8,62 @@ from typing import Any
 
 Value = float | int | str
 
+MOST_WAITING = 10_000  # rows, a few MB
+
 
 class MetricsFile:
-    """Writes rows. A full disk is reported once and does not stop the run."""
+    """Writes rows. Those that a full disk does not take wait for the next that it does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.failure: str | None = None
-        self._last: dict[str, Any] = {}  # the last row, which more of the same step is added to
-        self._begin = 0  # where it begins in the file, and
-        self._end = 0  # ends
+        self._rows: list[dict[str, Any]] = []  # the last one, which may be added to, and those that wait
+        self._begin = 0  # where they begin in the file
 
     def cut_after(self, step: int) -> None:
-        """Drop the rows past `step`: a resumed run logs them again."""
+        """Drop the rows past `step`: a run that resumes there logs them again.
+
+        Raises:
+            OSError: it cannot be read or written. What is written next does it then.
+        """
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_bytes().splitlines() if 0 <= _step_of(line) <= step]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(partial, self.path)
-        self._end = sum(len(line) + 1 for line in kept)
-        self._begin = self._end - len(kept[-1]) - 1 if kept else 0
-        self._last = json.loads(kept[-1]) if kept else {}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [0 <= _step_of(line) <= step and line.endswith(b"\n") for line in lines]
+        in_place = kept.index(False) if False in kept else len(lines)
+        last = max(0, in_place - 1)
+        self._begin = sum(map(len, lines[:last]))
+        self._rows = [json.loads(line) for line, keep in zip(lines[last:], kept[last:], strict=True) if keep]
+        if in_place < len(lines):
+            self._flush()
 
     def has(self, step: int, key: str) -> bool:
         """Whether the last row is of `step`, and has `key`."""
-        return self._last.get("step") == step and key in self._last
+        return bool(self._rows) and self._rows[-1].get("step") == step and key in self._rows[-1]
 
-    def write(self, row: Mapping[str, Value]) -> str | None:
+    def write(self, row: Mapping[str, Value]) -> None:
         """Append a row, or add to the last one if it is of the same step.
 
-        Returns:
-            A message, the first time that it cannot be written.
+        Raises:
+            OSError: it cannot be written, and waits.
         """
-        same_step = self._last.get("step") == row["step"]
-        begin = self._begin if same_step else self._end
-        last = {**self._last, **row} if same_step else dict(row)
-        line = json.dumps(last).encode() + b"\n"
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
-            with open(descriptor, "wb") as stream:
-                stream.seek(begin)
-                stream.write(line)
-                stream.truncate()
-        except OSError as error:
-            self._last, self._end = {}, begin  # the next row goes over what there is of this one
-            if self.failure is None:
-                self.failure = f"cannot write {self.path}: {error.strerror}; training goes on without it"
-                return self.failure
-            return None
-        self._last, self._begin, self._end = last, begin, begin + len(line)
-        return None
+        if self._rows and self._rows[-1].get("step") == row["step"]:
+            self._rows[-1] |= row
+        else:
+            self._rows.append(dict(row))
+        del self._rows[:-MOST_WAITING]
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write the rows where they begin; what there is of an earlier try is written over."""
+        lines = [json.dumps(row).encode() + b"\n" for row in self._rows]
+        # Not by a file renamed into place: a full disk has no room for a second one.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        with open(descriptor, "wb") as stream:
+            stream.seek(self._begin)
+            stream.write(b"".join(lines))
+            stream.truncate()
+        self._begin += sum(map(len, lines[:-1]))
+        del self._rows[:-1]
 
 
 def _step_of(line: bytes) -> int:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from fastjepa.config import Config, ConfigError, load_config, parse_config
+from fastjepa.engine.console import RunConsole
+from fastjepa.engine.disk import Disk
 from fastjepa.engine.folder import RunFolder, folder_of
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.masks import Masks
@@ -117,7 +119,7 @@ def test_rows_of_one_step_become_one_object(tmp_path: Path) -> None:
         {"step": 2, "knn_top1": 0.9},
         {"step": 3},
     ):
-        assert file.write(row) is None
+        file.write(row)
     assert rows(file.path) == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 0.4, "knn_top1": 0.9},
@@ -163,25 +165,64 @@ import resource, sys
 from pathlib import Path
 from fastjepa.engine.metrics import MetricsFile
 file = MetricsFile(Path(sys.argv[1]))
-print(file.write({"step": 1, "loss": 0.5}))
+def write(row):
+    try:
+        file.write(row)
+        print("written")
+    except OSError as error:
+        print(error.strerror)
+write({"step": 1, "loss": 0.5})
 resource.setrlimit(resource.RLIMIT_FSIZE, (30, resource.RLIM_INFINITY))
-print(file.write({"step": 2, "loss": 0.4}))
-print(file.write({"step": 3, "loss": 0.3}))
+write({"step": 2, "loss": 0.4})
+write({"step": 3, "loss": 0.3})
+write({"step": 3, "knn_top1": 0.9})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-print(file.write({"step": 4, "loss": 0.2}))
+write({"step": 4, "loss": 0.2})
+write({"step": 5, "loss": 0.1})
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
-def test_full_disk_is_reported_once_and_leaves_no_torn_row(tmp_path: Path) -> None:
+def test_rows_that_a_full_disk_does_not_take_wait_and_leave_no_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", FILL_THE_DISK, str(path)], capture_output=True, text=True, check=True
     )
-    said = done.stdout.splitlines()
-    assert said[0] == said[2] == said[3] == "None"
-    assert said[1] == f"cannot write {path}: File too large; training goes on without it"
-    assert [row["step"] for row in rows(path)] == [1, 4]
+    assert done.stdout.splitlines() == ["written", *["File too large"] * 3, "written", "written"]
+    assert rows(path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.4},
+        {"step": 3, "loss": 0.3, "knn_top1": 0.9},
+        {"step": 4, "loss": 0.2},
+        {"step": 5, "loss": 0.1},
+    ]
+
+
+def test_a_file_that_cannot_be_written_is_told_of_once_and_once_more_when_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, path, other = Disk(RunConsole(True, "run")), tmp_path / "none" / "file", tmp_path / "none" / "other"
+
+    def attempt(file: Path) -> bool:
+        return disk.attempt(file, lambda: file.write_text(""), "training goes on")
+
+    assert [attempt(path) for _ in range(3)] == [False, False, False]
+    assert not attempt(other)
+    path.parent.mkdir()
+    assert [attempt(path) for _ in range(2)] == [True, True]
+    path.parent.rename(tmp_path / "gone")
+    assert not attempt(path)
+    path.parent.mkdir()
+    assert attempt(path)
+    said = capsys.readouterr().out.splitlines()
+    cannot = "warning: cannot write {}: No such file or directory; training goes on"
+    assert said == [
+        cannot.format(path),
+        cannot.format(other),
+        f"{path} can be written again; 3 times it could not",
+        cannot.format(path),
+        f"{path} can be written again; once it could not",
+    ]
 
 
 def test_configuration_of_a_folder_is_what_ran(tmp_path: Path) -> None:

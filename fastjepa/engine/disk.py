@@ -1,0 +1,45 @@
+"""A full disk, or one that has become read-only, costs what could not be written, and not the run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastjepa.engine.console import RunConsole
+
+
+@dataclass
+class Disk:
+    """Warns of each file that cannot be written: once, and once more when it can be again."""
+
+    console: RunConsole
+    _failures: dict[Path, int] = field(default_factory=dict)
+
+    def attempt(self, path: Path, write: Callable[[], object], otherwise: str) -> bool:
+        """Write; False if that failed.
+
+        Args:
+            path: of what is written, for people.
+            write: what may raise OSError.
+            otherwise: what it costs, for people.
+        """
+        try:
+            write()
+        except OSError as error:
+            self.failed(path, error, otherwise)
+            return False
+        self.works(path)
+        return True
+
+    def failed(self, path: Path, error: BaseException, otherwise: str) -> None:
+        """Warn, the first time; then count."""
+        self._failures[path] = self._failures.get(path, 0) + 1
+        if self._failures[path] == 1:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            self.console.warn(f"cannot write {path}: {reason}; {otherwise}")
+
+    def works(self, path: Path) -> None:
+        """Say so, if it did not before."""
+        count = self._failures.pop(path, 0)
+        if count:
+            times = "once" if count == 1 else f"{count} times"
+            self.console.say(f"{path} can be written again; {times} it could not")
