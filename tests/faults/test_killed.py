@@ -1,0 +1,112 @@
+"""SIGKILL, at whatever moment: the same command ends as if nothing had happened."""
+
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.evidence import Watched, lines_with, results
+from tests.faults.table import Row
+
+STEPS = 120  # seven epochs
+# Log lines do not fall on checkpoints: what a line averages must survive too.
+RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.every_steps=65", "data.flip=0.5")
+KILLS = 5  # of a run
+
+
+def kill(watched: Watched, process: subprocess.Popen[str]) -> str:
+    """Kill it; what it had said."""
+    process.send_signal(signal.SIGKILL)
+    ended = watched.trainer.finish(process)
+    assert ended.code == -signal.SIGKILL
+    return ended.out
+
+
+def wait_for_moment(
+    moment: str, chance: random.Random, watched: Watched, process: subprocess.Popen[str]
+) -> bool:
+    """Until it is time to kill the process; False if it has ended."""
+    later = watched.trainer.saved_steps[-1] if watched.trainer.saved_steps else 0
+    # Not far, so that there are steps left for the other kills.
+    step = later + chance.randrange(1, STEPS // (KILLS + 1))
+    match moment:
+        case "starting":
+            delay_s = chance.uniform(0, 4)
+            try:
+                process.wait(delay_s)
+            except subprocess.TimeoutExpired:
+                return True
+            return False
+        case "training":
+            return watched.wait_for(process, lambda: watched.witness.newest_step() >= step)
+        case "saving":
+            return wait_for_save(step, watched, process)
+    raise AssertionError(moment)
+
+
+def wait_for_save(step: int, watched: Watched, process: subprocess.Popen[str]) -> bool:
+    """Until a checkpoint of that step or a later one is half there; False if the process has ended."""
+    return watched.wait_for(
+        process,
+        lambda: watched.witness.newest_step() >= step and any(watched.checkpoints.glob("step_*.tmp")),
+    )
+
+
+@pytest.mark.parametrize("run", [0, *(pytest.param(n, marks=pytest.mark.slow_fault) for n in (1, 2, 3))])
+def test_killed_and_resumed(
+    watched: Watched,
+    uninterrupted: Callable[..., Watched],
+    table: Callable[[str, str], Row],
+    chance: random.Random,
+    run: int,
+) -> None:
+    reference = uninterrupted(*RUN)
+    row = table("SIGKILL at random, then the same command", "resumes; no checkpoint is damaged")
+    moments = ["starting", "training", "training", "saving", chance.choice(["starting", "saving"])]
+    chance.shuffle(moments)
+    for moment in moments:
+        process = watched.start(*RUN)
+        if not wait_for_moment(moment, chance, watched, process):
+            watched.trainer.finish(process).check()
+            continue
+        said = kill(watched, process)
+        row.times += 1
+        assert lines_with(said, "warning:") == []
+    assert row.times >= 3, "it ended before it could be killed"
+
+    with (watched.trainer.run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # as a process may leave it that is killed while it writes
+    resumed = watched(*RUN).check()
+    assert lines_with(resumed.out, "warning:") == []
+    row.hold_against(watched, reference)
+    assert results(watched.trainer) == results(reference.trainer)
+
+
+@pytest.mark.slow_fault
+def test_killed_while_saving(
+    watched: Watched,
+    uninterrupted: Callable[..., Watched],
+    table: Callable[[str, str], Row],
+    chance: random.Random,
+) -> None:
+    """What is half there when the process is gone is no checkpoint, and is cleared away."""
+    often = (*RUN[:2], "run.save_every=1", *RUN[3:])
+    reference = uninterrupted(*RUN)
+    row = table("SIGKILL during a save, then the same command", "resumes; no checkpoint is damaged")
+    for _ in range(12):
+        step = chance.randrange(2, 12) + (watched.trainer.saved_steps or [0])[-1]
+        process = watched.start(*often)
+        if not wait_for_save(step, watched, process):
+            watched.trainer.finish(process).check()
+            break
+        said = kill(watched, process)
+        assert lines_with(said, "warning:") == []
+        row.times += any(watched.checkpoints.glob("step_*.tmp"))  # else it was renamed just before
+        if row.times == 5:
+            break
+    assert row.times, "no save was interrupted"
+    assert lines_with(watched(*often).check().out, "warning:") == []
+    assert not list(watched.checkpoints.glob("*.tmp"))
+    row.hold_against(watched, reference)
