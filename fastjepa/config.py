@@ -161,9 +161,6 @@ class RunConfig:
     join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
     dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run
     hang_after_s: Positive = 600.0  # so is one that others wait for so long; 12 times that to save or judge
-    join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
-    dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run
-    hang_after_s: Positive = 600.0  # so is one that others wait for so long; 12 times that to save or judge
 
 
 @dataclass

@@ -27,8 +27,9 @@ from fastjepa.engine.launch import deepspeed_config, preferred_kernels
 from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.run import Run
+from fastjepa.engine.shared import check_shared
 from fastjepa.engine.speed import check_speed
-from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest
+from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest, mark_stopped
 from fastjepa.engine.world import World, joined
 from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
@@ -78,7 +79,10 @@ def pretrain(config: Config, world: World) -> int:
     if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
         load_initial_weights(model, config.run.init_from)
     _lock = world.on_main(lambda: folder.open(config))  # held until the process ends
-    stop = StopRequest()
+    check_shared(world, folder.path)
+    if world.is_main:
+        mark_stopped(folder.path, None)
+    stop = StopRequest(launched=world.size > 1)
 
     with RunConsole(world.is_main, title=config.run.name) as console, preferred_kernels(config):
         run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
@@ -89,8 +93,13 @@ def pretrain(config: Config, world: World) -> int:
         fit(run, learner, stop)
         if run.position.step < schedule.steps:
             assert stop.signal is not None or world.size > 1
-            console.say(f"Stopped at step {run.position.step} of {schedule.steps}; the same command resumes.")
-            return INTERRUPTED if stop.signal == signal.SIGINT else 0
+            where = f"Stopped at step {run.position.step} of {schedule.steps}"
+            console.say(f"{where}; the same command resumes.")
+            if stop.signal == signal.SIGINT:
+                return INTERRUPTED
+            if world.is_main:
+                mark_stopped(folder.path, where)
+            return 0
         run.conclude(learner)
         if world.is_main:
             try:
