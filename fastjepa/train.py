@@ -90,7 +90,8 @@ def pretrain(config: Config, world: World) -> int:
         learner = start_learner(model, config, world)
         console.say(how_it_runs(learner, config, world))
         run.resume(learner)
-        fit(run, learner, stop)
+        with run:  # leaves no checkpoint half written
+            fit(run, learner, stop)
         if run.position.step < schedule.steps:
             assert stop.signal is not None or world.size > 1
             where = f"Stopped at step {run.position.step} of {schedule.steps}"
@@ -127,7 +128,6 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
         workers=config.speed.workers,
         pin_memory=world.device.type == "cuda",
     )
-    saved_step = run.position.step
     run.judge_if_due(learner)  # a run may have been killed between saving and judging
     run.clock.lap()
     call: int = Call.GO_ON
@@ -135,7 +135,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
     with closing(batches):
         for step in range(run.position.step, run.schedule.steps):
-            world.activity.begin(Doing.COMPUTING, step, saved_step)
+            world.activity.begin(Doing.COMPUTING, step, run.saved_step)
             with run.clock.waiting(), world.activity.during(Doing.LOADING):
                 micro_batches, failure = fetch(steps)
             call = world.worst(stop.call if failure is None else Call.GIVE_UP)
@@ -151,13 +151,13 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
             if done == 1 or done % config.run.log_every == 0 or done == run.schedule.steps:
                 run.log(learner, rates)
             with run.clock.paused():
-                with world.activity.during(Doing.SAVING):
-                    if done % config.run.save_every == 0 and run.save(learner):
-                        saved_step = done
+                if done % config.run.save_every == 0:
+                    with world.activity.during(Doing.SAVING):
+                        run.save(learner)
                 run.judge_if_due(learner)
     run.hear_last(learner)
     with world.activity.during(Doing.SAVING):
-        is_saved = saved_step == run.position.step or run.save(learner)
+        is_saved = run.save_last(learner)
     if not is_saved:
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
     if call == Call.GIVE_UP:

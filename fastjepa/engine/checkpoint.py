@@ -12,20 +12,15 @@ Tensors go by the names of parameters, so neither the world size nor the ZeRO st
 Nothing in it is a pickle.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from fastjepa.config import Config, differences, parse_config
+from fastjepa.engine.tensorfile import Fingerprint, TensorFile, TensorFileError, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -61,63 +56,34 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, its tensors loaded by name."""
+    """A checkpoint, opened: its tensors by file and name, read where they are looked at."""
 
     path: Path
     position: Position
     config: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]  # student, exp_avg, exp_avg_sq, and target for JEPA
+    tensors: dict[str, TensorFile]  # student, exp_avg, exp_avg_sq, and target for JEPA
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def write_checkpoint(
-    directory: Path,
+def state_of(
     position: Position,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Mapping[str, Tensor]],
     versions: Mapping[str, str],
-) -> Path:
-    """Write a checkpoint under `directory`, complete and synced, or raise OSError and leave no trace."""
-    final = checkpoint_path(directory, position.step)
-    partial = final.with_suffix(".tmp")
-    try:
-        for stale in directory.glob("step_*.tmp"):  # of a run that was killed while it saved
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, named in tensors.items():
-            try:
-                save_file(dict(named), partial / f"{name}.safetensors")
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(f"writing {name}.safetensors: {error}") from error
-        state = {
-            "format": FORMAT,
-            "position": asdict(position),
-            "config": dict(config),
-            "versions": dict(versions),
-        }
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        manifest = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        partial.rename(final)
-        _sync(directory)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
-
-
-def keep_newest(directory: Path, step: int, count: int) -> None:
-    """Delete all checkpoints but the `count` newest up to `step`; later ones are damaged and do not count."""
-    present = [path for path in list_checkpoints(directory) if _step_of(path) <= step]
-    for path in present[count:]:
-        shutil.rmtree(path, ignore_errors=True)
+    ranks: int = 1,
+    zero_stage: int = 0,
+) -> dict[str, Any]:
+    """What state.json says: where the run is, and what wrote the checkpoint."""
+    return {
+        "format": FORMAT,
+        "position": asdict(position),
+        "config": dict(config),
+        "versions": dict(versions),
+        "ranks": ranks,
+        "zero_stage": zero_stage,
+    }
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -125,10 +91,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [p for p in directory.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of the path of a checkpoint."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -148,89 +115,93 @@ def verify_checkpoint(path: Path) -> None:
     """Compare every file of a checkpoint with the manifest.
 
     Raises:
-        CheckpointError: a file is missing or changed; the message names it.
+        CheckpointError: files are missing, changed or not vouched for; the message names them.
     """
+    wrong = damage_of(path)
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+
+
+def damage_of(path: Path) -> list[str]:
+    """A line about each file of a checkpoint that is not as its manifest says; every byte is read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name in (STATE, "student.safetensors"):
-            if name not in manifest:
-                raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {name}")
-        for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
-                raise CheckpointError(f"{path / name} is damaged: it differs from the manifest")
+        manifest = _read_manifest(path)
     except OSError as error:
-        raise CheckpointError(f"{path} is incomplete: {error}") from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}") from error
+        return [f"{path} is incomplete: {error}"]
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        return [f"{path / MANIFEST} is damaged: {error}"]
+    wrong = [f"{path / name} is not in the manifest" for name in sorted(_files_of(path) - manifest.keys())]
+    # Hashing is most of it, and leaves the others their turn.
+    with ThreadPoolExecutor(min(8, len(manifest))) as threads:
+        return wrong + [line for line in threads.map(partial(_damage, path), manifest.items()) if line]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint, verified before.
+def _damage(path: Path, entry: tuple[str, Fingerprint]) -> str | None:
+    name, expected = entry
+    try:
+        size = (path / name).stat().st_size
+        if size != expected.bytes:
+            return f"{path / name} is damaged: {size} bytes, {expected.bytes} in the manifest"
+        if fingerprint(path / name) != expected:
+            return f"{path / name} is damaged: it differs from the manifest"
+    except OSError as error:
+        return f"{path} is incomplete: {error}"
+    return None
+
+
+def _read_manifest(path: Path) -> dict[str, Fingerprint]:
+    entries = json.loads((path / MANIFEST).read_text())
+    manifest = {name: Fingerprint(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    for name in (STATE, "student.safetensors"):
+        if name not in manifest:
+            raise ValueError(f"it does not list {name}")
+    for name in manifest:
+        if Path(name).name != name:
+            raise ValueError(f"it lists {name}, which is no file of a checkpoint")
+    return manifest
+
+
+def _files_of(path: Path) -> set[str]:
+    return {file.name for file in path.glob("*.safetensors")}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint says.
 
     Raises:
-        CheckpointError: it is of an unknown format, or a file cannot be read.
+        CheckpointError: it is of an unknown format, or cannot be read.
     """
     file = path / STATE
     try:
-        state = json.loads(file.read_text())
+        state: dict[str, Any] = json.loads(file.read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}: use the "
                 f"fastjepa that wrote it ({state['versions'].get('fastjepa', 'unknown')})"
             )
-        position = Position(**state["position"] | {"losses": tuple(state["position"]["losses"])})
-        tensors = {}
-        for file in sorted(path.glob("*.safetensors")):
-            tensors[file.stem] = load_file(file)
-        return Checkpoint(path, position, state["config"], tensors)
+        return state
     except OSError as error:
         raise CheckpointError(f"{path} is incomplete: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def check_continues(checkpoint: Checkpoint, start: Position, config: Config) -> None:
-    """See that a run would go on from `checkpoint` as if it had never stopped.
-
-    Args:
-        checkpoint: the newest good one of the run's folder.
-        start: where a fresh run of the configuration, on these images and ranks, begins.
-        config: what the run is asked to be now.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint, verified before. Its tensors are read where they are looked at.
 
     Raises:
-        CheckpointError: settings that change results differ, or the images or micro-batches do.
+        CheckpointError: it is of an unknown format, a file cannot be read or holds something else.
     """
-    there = checkpoint.position
-    elsewhere = f"or start in another run.dir with run.init_from={checkpoint.path}"
-    changed = differences(parse_config(checkpoint.config).results_part(), config.results_part())
-    if changed:
-        listing = "".join(f"\n  {line}" for line in changed)
-        raise CheckpointError(
-            f"{checkpoint.path} is of other settings (there -> here): use those, {elsewhere}{listing}"
-        )
-    if there.dataset_images != start.dataset_images:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on a set of {there.dataset_images} images, here are "
-            f"{start.dataset_images}: the order of images would change; give data.root the same images, "
-            f"{elsewhere}"
-        )
-    if there.micro_batch != start.micro_batch and config.masks.mode == "truncate":
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on micro-batches of {there.micro_batch} images, here they have "
-            f"{start.micro_batch}, and masks.mode truncate cuts contexts to the shortest in each: set "
-            f"speed.accumulation to make them {there.micro_batch} again, {elsewhere}"
-        )
-
-
-def _fingerprint(file: Path) -> dict[str, int | str]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    state = read_state(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        position = Position(**state["position"] | {"losses": tuple(state["position"]["losses"])})
+        config = state["config"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE} is damaged: {error}") from error
+    try:
+        tensors = {Path(name).stem: TensorFile(path / name) for name in sorted(_files_of(path))}
+    except OSError as error:
+        raise CheckpointError(f"{path} is incomplete: {error}") from error
+    except TensorFileError as error:
+        raise CheckpointError(f"{error}; take another checkpoint, or copy this one again") from error
+    return Checkpoint(path, position, config, tensors)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastjepa.config import Config, ConfigError, differences, parse_config
+from fastjepa.engine.checkpoint import list_checkpoints
 from fastjepa.masks import Masks
 
 Json = dict[str, Any]
@@ -58,7 +59,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.config.exists():
+            if config.run.resume == "never":
+                self._check_nothing_saved()
+            if self.config.exists() and config.run.resume != "force":
                 self._check_same_run(config)
             lock = (self.path / ".lock").open("a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +86,16 @@ class RunFolder:
             listing = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
                 f"{self.path} holds a run with other settings (there -> here):{listing}\n"
-                "Give this run a folder of its own (run.dir=…), or use those settings to resume that one."
+                "Give this run a folder of its own (run.dir=…), or use those settings to resume that one; "
+                "run.resume=force resumes it with these."
+            )
+
+    def _check_nothing_saved(self) -> None:
+        saved = list_checkpoints(self.checkpoints)
+        if saved:
+            raise ConfigError(
+                f"{self.path} holds a run up to {saved[0].name}, and run.resume is never: choose another "
+                "run.dir, or run.resume=auto to go on with that one"
             )
 
     def read_summary(self) -> Json:

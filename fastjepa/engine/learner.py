@@ -205,6 +205,22 @@ class Learner:
             state["target"] = Parts(self.target.partitions, self.target.shadow)
         return state
 
+    def shapes(self) -> dict[str, dict[str, torch.Size]]:
+        """Of the tensors of `parts` when whole, by file and name."""
+        named = {
+            name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 empties parameters
+            for name, parameter in self.engine.module.named_parameters()
+        }
+        return {
+            file: {name: named[name] for partition in parts.partitions for name in partition.names}
+            for file, parts in self.parts().items()
+        }
+
+    @property
+    def zero_stage(self) -> int:
+        """0 without DeepSpeed too."""
+        return 0 if isinstance(self.engine, SingleDevice) else self.engine.zero_optimization_stage()
+
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """All of `parts`, whole and by name, on the host of rank 0 (every rank must call this)."""
         return {kind: gather(parts.partitions, parts.tensors) for kind, parts in self.parts().items()}

@@ -29,6 +29,9 @@ class ZeroEngine(Protocol):
     def get_global_grad_norm(self) -> Any:
         """Of all gradients, before clipping."""
 
+    def zero_optimization_stage(self) -> int:
+        """0 to 3."""
+
     def was_step_applied(self) -> bool:
         """False if the last step was skipped, for gradients that are not finite."""
 

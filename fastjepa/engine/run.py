@@ -16,13 +16,13 @@ from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.checkpoint import (
     CheckpointError,
     Position,
-    check_continues,
     checkpoint_path,
-    keep_newest,
     load_checkpoint,
     newest_good,
-    write_checkpoint,
+    state_of,
 )
+from fastjepa.engine.checkpoint_keep import Keep
+from fastjepa.engine.checkpoint_resume import check_continues, check_fits
 from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
@@ -31,6 +31,7 @@ from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.learner import Encoders, Learner
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.recorder import Recorder
+from fastjepa.engine.saver import Job, Saver, start_saver
 from fastjepa.engine.schedules import Rates, Schedule
 from fastjepa.engine.stopping import NonFinite
 from fastjepa.engine.world import World
@@ -47,6 +48,7 @@ class Run:
     Attributes:
         position: how far it is.
         unreadable: paths of the training images that this rank had to skip.
+        saved_step: of the newest checkpoint that was written or resumed from; 0 before there is one.
     """
 
     config: Config
@@ -60,6 +62,9 @@ class Run:
     schedule: Schedule
     clock: StepClock = field(default_factory=StepClock)
     unreadable: set[str] = field(default_factory=set)
+    saved_step: int = 0
+    _saver: Saver | None = field(default=None, repr=False)
+    _saving_step: int = 0
 
     def __post_init__(self) -> None:
         micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
@@ -90,11 +95,15 @@ class Run:
         step = self.world.worst(-1 if found is None else int(found.name.removeprefix("step_")))
         if step >= 0:
             checkpoint = load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
-            check_continues(checkpoint, self.position, self.config)
+            for line in check_continues(checkpoint, self.position, self.config):
+                self.console.warn(line)
+            check_fits(checkpoint, learner.shapes())
             tensors = checkpoint.tensors
             learner.load(tensors["student"], tensors.get("target"), tensors, checkpoint.position.updates)
             self.recorder.earlier = checkpoint.position.losses
-            self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()})
+            here = {"dataset_images": self.position.dataset_images, "micro_batch": self.position.micro_batch}
+            self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()} | here)
+            self.saved_step = step
             self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
         self.world.on_main(lambda: self.metrics.cut_after(self.position.step))
 
@@ -108,8 +117,10 @@ class Run:
             )
         return found, damaged
 
-    def save(self, learner: Learner) -> bool:
-        """Write a checkpoint of the present position; False, with a warning, if that failed.
+    def save(self, learner: Learner) -> None:
+        """Begin a checkpoint of the present position, once the one before is written.
+
+        It is written in the background from a copy on the host. If that fails, a later step warns.
 
         Raises:
             NonFinite: the weights, or losses that led to them, are not finite: it would be of no use.
@@ -117,23 +128,60 @@ class Run:
         position = replace(self.position, updates=learner.updates, losses=self._finite_losses())
         if self.world.worst(int(not learner.is_finite())):
             raise NonFinite(f"the weights are not finite after step {position.step}. {self.last_good()}")
-        tensors = learner.gather()
-        saved = True
-        if self.world.is_main:
-            try:
-                write_checkpoint(
-                    self.folder.checkpoints, position, self.config.to_dict(), tensors, versions()
-                )
-                keep_newest(self.folder.checkpoints, position.step, self.config.run.keep_last)
-            except OSError as error:
-                saved = False
-                self.console.warn(f"checkpoint not written: {error}. {self.last_good()}")
-        return not self.world.worst(int(not saved))
+        self.hear_of_save()
+        parts, run = learner.parts(), self.config.run
+        if self._saver is None:
+            self._saver = start_saver(parts, self.world)
+        stage = learner.zero_stage
+        state = state_of(position, self.config.to_dict(), versions(), self.world.size, stage)
+        keep = Keep(run.keep_last, run.keep_every)
+        self._saving_step = position.step
+        self._saver.start(parts, Job(self.folder.checkpoints, position.step, state, keep))
+
+    def save_last(self, learner: Learner) -> bool:
+        """See the present position on the disk; False, with a warning, if it cannot be written.
+
+        Raises:
+            NonFinite: as `save` does.
+        """
+        if not self._is_saved():
+            self.save(learner)
+        return self._is_saved()
+
+    def _is_saved(self) -> bool:
+        """Whether the present position is on the disk; all ranks agree."""
+        self.hear_of_save()
+        return not self.world.worst(int(self.saved_step != self.position.step))
+
+    def hear_of_save(self, wait: bool = True) -> None:
+        """Note whether the checkpoint under way was written, and warn if not.
+
+        Args:
+            wait: for it. Otherwise nothing happens while it is under way.
+        """
+        if self._saver is None or not self._saving_step or (self._saver.is_busy and not wait):
+            return
+        step, self._saving_step = self._saving_step, 0
+        failure = self._saver.wait()
+        if failure is None:
+            self.saved_step = step
+        else:
+            self.console.warn(f"checkpoint not written: step {step}: {failure}. {self.last_good()}")
 
     def last_good(self) -> str:
         """A sentence that points to the newest checkpoint."""
-        found, _ = newest_good(self.folder.checkpoints)
-        return f"The last good checkpoint is {found}." if found else "There is no checkpoint yet."
+        self.hear_of_save()
+        if self.saved_step:
+            return f"The last good checkpoint is {checkpoint_path(self.folder.checkpoints, self.saved_step)}."
+        return "There is no checkpoint yet."
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the checkpoint under way, unless someone will not wait."""
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.hear_of_save()
 
     def advance(self, learner: Learner, loss: Tensor, last: Step, micro_batches: list[Batch]) -> None:
         """Note one optimizer step.
@@ -147,6 +195,7 @@ class Run:
         step = self.position.step + 1
         images_seen = step * self.config.optim.global_batch
         self.position = replace(self.position, step=step, images_seen=images_seen)
+        self.hear_of_save(wait=False)
         self._heed_skips(learner, step - learner.lag)
 
     def hear_last(self, learner: Learner) -> None:

@@ -15,8 +15,9 @@ from fastjepa.engine.checkpoint import (
     Position,
     load_checkpoint,
     newest_good,
-    write_checkpoint,
+    state_of,
 )
+from fastjepa.engine.checkpoint_write import write_checkpoint
 from fastjepa.interop import load_initial_weights, save_official
 from fastjepa.interop.start import find_checkpoint, load_trained
 from fastjepa.objectives import JEPA, MAE
@@ -55,7 +56,7 @@ def write(model: JEPA | MAE, config: Config, run: Path, step: int = 3) -> Path:
         target = model.target_encoder.named_parameters()
         tensors["target"] = {f"encoder.{name}": tensor.detach() for name, tensor in target}
     position = Position(step, 16 * step, 0.0, 280, 16)
-    return write_checkpoint(run / "checkpoints", position, config.to_dict(), tensors, {})
+    return write_checkpoint(run / "checkpoints", step, state_of(position, config.to_dict(), {}), tensors)
 
 
 def assert_same(model: torch.nn.Module, expected: torch.nn.Module) -> None:

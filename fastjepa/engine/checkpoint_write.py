@@ -1,0 +1,110 @@
+"""Writing checkpoints: into step_N.tmp, hashed on the way and synced, and only then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastjepa.engine.checkpoint import MANIFEST, STATE, checkpoint_path
+from fastjepa.engine.checkpoint_plan import Shapes
+from fastjepa.engine.tensorfile import Fingerprint, HashedFile, header_of
+
+
+class CheckpointWriter:
+    """A checkpoint on its way to the disk. `writing` makes one and sees that it leaves no trace if it fails.
+
+    Each file has a thread: while one piece of it is hashed and written, the next may come, and those of the
+    other files. Methods raise OSError where the disk is full or fails.
+
+    Args:
+        directory: of all checkpoints.
+        step: of this one.
+        shapes: of each file, by its name without `.safetensors`, of each tensor in its order.
+    """
+
+    def __init__(self, directory: Path, step: int, shapes: Mapping[str, Shapes]) -> None:
+        self.final = checkpoint_path(directory, step)
+        self._partial = self.final.with_suffix(".tmp")
+        self._files: dict[str, HashedFile] = {}
+        self._threads = {name: ThreadPoolExecutor(1, f"write {name}") for name in shapes}
+        self._shapes = shapes
+
+    def write(self, file: str, tensors: Sequence[Tensor]) -> Future[None]:
+        """Append contiguous fp32 tensors to a file; they may not change until the result is there."""
+        if not self._files:
+            self._open()
+        pieces = [tensor.numpy().data.cast("B") for tensor in tensors]
+        return self._threads[file].submit(self._files[file].write, pieces)
+
+    def finish(self, state: Mapping[str, Any]) -> Path:
+        """Sync everything, with `state` and a manifest beside the tensors, and give it its name."""
+        closing = [self._threads[name].submit(file.finish) for name, file in self._files.items()]
+        found = dict(zip(self._files, (future.result() for future in closing), strict=True))
+        manifest = {f"{name}.safetensors": fingerprint for name, fingerprint in found.items()}
+        manifest[STATE] = self._write_json(STATE, state)
+        entries = {name: fingerprint._asdict() for name, fingerprint in sorted(manifest.items())}
+        self._write_json(MANIFEST, entries)
+        _sync(self._partial)
+        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        self._partial.rename(self.final)
+        _sync(self.final.parent)
+        return self.final
+
+    def close(self) -> None:
+        """End the threads; what is not finished goes away."""
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.abandon()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _open(self) -> None:
+        for stale in self.final.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(stale, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        for name, shapes in self._shapes.items():
+            self._files[name] = HashedFile(self._partial / f"{name}.safetensors")
+            self._files[name].write([header_of(shapes)])
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> Fingerprint:
+        file = HashedFile(self._partial / name)
+        try:
+            file.write([json.dumps(content, indent=1).encode()])
+            return file.finish()
+        finally:
+            file.abandon()
+
+
+@contextmanager
+def writing(directory: Path, step: int, shapes: Mapping[str, Shapes]) -> Iterator[CheckpointWriter]:
+    """A checkpoint to be written and finished within; otherwise nothing of it stays."""
+    writer = CheckpointWriter(directory, step, shapes)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def write_checkpoint(
+    directory: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> Path:
+    """Write fp32 tensors that are all in memory, by file and name; OSError leaves no trace."""
+    shapes = {file: {name: t.shape for name, t in named.items()} for file, named in tensors.items()}
+    with writing(directory, step, shapes) as writer:
+        for file, named in tensors.items():
+            writer.write(file, [t.contiguous().view(-1) for t in named.values()]).result()
+        return writer.finish(state)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""Which checkpoints stay."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastjepa.engine.checkpoint import checkpoint_path, list_checkpoints, step_of
+from fastjepa.engine.checkpoint_keep import Keep, prune
+
+
+@given(
+    steps=st.sets(st.integers(1, 10**9) | st.integers(1, 20), min_size=1, max_size=8),
+    keep=st.builds(Keep, st.integers(1, 4), st.none() | st.integers(1, 5)),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=50)
+def test_the_last_and_every_nth_stay(
+    tmp_path_factory: pytest.TempPathFactory, steps: set[int], keep: Keep, data: st.DataObject
+) -> None:
+    directory = tmp_path_factory.mktemp("keep")
+    for step in steps:
+        checkpoint_path(directory, step).mkdir()
+    now = data.draw(st.sampled_from(sorted(steps)))
+    prune(directory, now, keep)
+    left = {step_of(path) for path in list_checkpoints(directory)}
+    later = {step for step in steps if step > now}
+    for_ever = {step for step in steps if keep.every and step % keep.every == 0}
+    assert left == later | for_ever | set(sorted(steps - later)[-keep.last :])
+    assert now in left, "the newest good one"
+    assert len(list(directory.iterdir())) == len(left)
+
+
+def test_reasons() -> None:
+    assert Keep(2, 10).reasons([5, 10, 20, 25, 28]) == {
+        28: "newest",
+        25: "one of the last 2",
+        20: "every 10",
+        10: "every 10",
+    }
+    assert Keep(1).reasons([]) == {}

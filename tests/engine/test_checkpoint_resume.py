@@ -1,0 +1,75 @@
+"""What a run may go on from, and what it says where it may not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastjepa.config import load_config
+from fastjepa.engine.checkpoint import Checkpoint, CheckpointError, Position, load_checkpoint, state_of
+from fastjepa.engine.checkpoint_resume import check_continues, check_fits
+from fastjepa.engine.checkpoint_write import write_checkpoint
+
+POSITION = Position(7, 112, 1.5, dataset_images=280, micro_batch=16)
+TRUNCATE = ["masks.mode=truncate"]
+FORCE = "run.resume=force"
+
+
+@pytest.mark.parametrize(
+    ("start", "overrides", "refusal"),
+    [
+        (POSITION, [], None),
+        (POSITION, ["speed.workers=0", "run.log_every=3", "probe.bank=9", "speed.accumulation=2"], None),
+        (POSITION, ["optim.lr=5e-4"], r"optim\.lr: 0\.001 -> 0\.0005"),
+        (replace(POSITION, dataset_images=281), [], "a set of 280 images, here are 281"),
+        (replace(POSITION, micro_batch=8), [], None),
+        (replace(POSITION, micro_batch=8), TRUNCATE, "micro-batches of 16 images, here they have 8"),
+    ],
+)
+def test_what_a_run_may_go_on_from(
+    tmp_path: Path, start: Position, overrides: list[str], refusal: str | None
+) -> None:
+    there = load_config(None, TRUNCATE if overrides == TRUNCATE else [])
+    checkpoint = Checkpoint(tmp_path, POSITION, there.to_dict(), {})
+    here, forced = load_config(None, overrides), load_config(None, [*overrides, FORCE])
+    if refusal is None:
+        assert check_continues(checkpoint, start, here) == []
+        assert check_continues(checkpoint, start, forced) == []
+        return
+    with pytest.raises(CheckpointError, match=refusal) as caught:
+        check_continues(checkpoint, start, here)
+    assert f"run.init_from={tmp_path}" in str(caught.value)
+    assert FORCE in str(caught.value)
+    (warning,) = check_continues(checkpoint, start, forced)
+    assert warning.startswith("going on all the same, for run.resume is force: ")
+    with pytest.raises(CheckpointError, match=refusal):
+        raise CheckpointError(warning)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"student": {"a": (4, 3)}}, "student: b, which this model has not"),
+        ({"student": {"a": (4, 3), "b": (1,), "c": (2,)}}, "student: no tensor c"),
+        ({"student": {"a": (3, 4), "b": (1,)}}, r"student: a is \[4, 3\], this model has \[3, 4\]"),
+        ({"target": {"a": (4, 3)}}, r"no target\.safetensors"),
+        ({"exp_avg": None}, r"exp_avg\.safetensors, which this model has no use for"),
+    ],
+)
+def test_tensors_of_another_model_are_named(
+    tmp_path: Path, change: dict[str, dict[str, tuple[int, ...]] | None], said: str | None
+) -> None:
+    there = {"student": {"a": torch.zeros(4, 3), "b": torch.zeros(1)}, "exp_avg": {"a": torch.zeros(4, 3)}}
+    path = write_checkpoint(tmp_path, 7, state_of(POSITION, {}, {}), there)
+    wanted = {file: {name: tuple(t.shape) for name, t in named.items()} for file, named in there.items()}
+    wanted = {file: shapes for file, shapes in (wanted | change).items() if shapes is not None}
+    if said is None:
+        check_fits(load_checkpoint(path), wanted)
+        return
+    with pytest.raises(CheckpointError, match=said) as caught:
+        check_fits(load_checkpoint(path), wanted)
+    assert str(caught.value).startswith(
+        f"{path} is of another model: use the model and objective settings of"
+    )
