@@ -19,7 +19,7 @@ from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.world import World
-from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
+from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE
@@ -44,7 +44,7 @@ class Judgement:
     masks: MaskSampler
     metrics: MetricsFile
     summary: dict[str, Any] = field(default_factory=dict)
-    _collapsing: bool = False
+    _watch: CollapseWatch = field(default_factory=CollapseWatch)
 
     def __post_init__(self) -> None:
         self.judge = Judge.of(self.images, self.config, self.world.device)
@@ -112,16 +112,16 @@ class Judgement:
             self.console.show_table(self.summary["probe"])
 
     def watch(self, signs: CollapseSigns, position: Position) -> None:
-        """Warn of collapse when it begins to show, not at every line after."""
+        """Warn of collapse when it begins to show, now and then while it goes on, and say when it is over."""
         start = self.summary.get("signs_at_start")
         if start is None:
             self.summary["signs_at_start"] = asdict(signs)
             self._write_summary()
             return
         warning = collapse_warning(signs, CollapseSigns(**start))
-        if warning is not None and not self._collapsing:
-            self.console.warn(f"step {position.step}: {warning}")
-        self._collapsing = warning is not None
+        said = self._watch.heed(position.step, warning)
+        if said is not None:
+            (self.console.say if warning is None else self.console.warn)(said)
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """A row of metrics.jsonl."""

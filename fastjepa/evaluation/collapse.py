@@ -26,6 +26,9 @@ RANKME_FALL = 0.5
 # Of the target's. A sound predictor learns the mean first and passes through 0.07.
 PREDICTION_STD_LOW = 0.05
 
+REPEATED = 4  # a warning comes again after so many times as many log lines as the last
+RECOVERED = 3  # log lines without a bad sign, so that one at its limit does not come and go
+
 _LAYER_NORM_EPS = 1e-5  # of the targets in the loss
 
 
@@ -70,6 +73,48 @@ def collapse_warning(signs: CollapseSigns, start: CollapseSigns) -> str | None:
             f"{signs.target_std:.3f}): it has found the mean and nothing else"
         )
     return None
+
+
+@dataclass
+class CollapseWatch:
+    """When to speak of it: as it begins, at ever longer intervals while it lasts, and when it is over.
+
+    Attributes:
+        since: the step at which it began; None when nothing is wrong.
+        last: the last step with a bad sign.
+        lines: log lines with one, since then, and
+        speak_at: at how many of them the next is to be told.
+        sound: log lines without one in a row.
+    """
+
+    since: int | None = None
+    last: int = 0
+    lines: int = 0
+    speak_at: int = 1
+    sound: int = 0
+
+    def heed(self, step: int, warning: str | None) -> str | None:
+        """What to tell people at a log line, if anything; `warning` is of `collapse_warning` there."""
+        if warning is None:
+            return self._sound_line(step)
+        if self.since is None:
+            self.since, self.lines, self.speak_at = step, 0, 1
+        self.last, self.sound = step, 0
+        self.lines += 1
+        if self.lines < self.speak_at:
+            return None
+        self.speak_at *= REPEATED
+        again = "" if self.lines == 1 else f", and since step {self.since}"
+        return f"step {step}{again}: {warning}"
+
+    def _sound_line(self, step: int) -> str | None:
+        if self.since is None:
+            return None
+        self.sound += 1
+        if self.sound < RECOVERED:
+            return None
+        since, self.since = self.since, None
+        return f"step {step}: no sign of collapse any more; there were some from step {since} to {self.last}"
 
 
 @torch.no_grad()

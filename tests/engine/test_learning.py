@@ -50,7 +50,30 @@ def test_features_improve_on_the_untrained_encoder_and_do_not_collapse(train: "T
     assert "warning" not in done.out
 
 
-def test_collapse_is_warned_of_once_though_the_loss_is_low(train: "Trainer") -> None:
+def test_dimensional_collapse_is_warned_of_by_rank_while_the_loss_falls(train: "Trainer") -> None:
+    """Far too high a rate, and a target that follows at once: nothing but the rank tells."""
+    done = train(
+        *REAL[:-2],
+        "run.log_every=10",
+        "run.save_every=1000",
+        "optim.steps=60",
+        "optim.lr=1e-2",
+        "optim.warmup_epochs=0",
+        "optim.momentum=0.9",
+        "optim.final_momentum=0.9",
+    ).check()
+    first, last = train.rows[0], train.rows[-1]
+    # Seen: the loss .58 -> .14, token_rankme 25 -> 6, target_std .76 -> .56, which is a healthy one.
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["token_rankme"] < 0.5 * first["token_rankme"]
+    assert last["target_std"] > 0.3
+    warnings = [line for line in done.out.splitlines() if line.startswith("warning: ")]
+    assert re.match(r"warning: step \d+: the target uses few dimensions \(token_rankme ", warnings[0])
+    assert len(warnings) <= 2  # the second at the fourth log line
+    assert all(re.search(r"and since step \d+: the target uses few", line) for line in warnings[1:])
+
+
+def test_collapse_is_warned_of_though_the_loss_is_low(train: "Trainer") -> None:
     """Weights of N(0, .02) in so narrow a network give a target little to say; a high rate does the rest."""
     done = train(
         *REAL,
@@ -64,6 +87,7 @@ def test_collapse_is_warned_of_once_though_the_loss_is_low(train: "Trainer") -> 
     last = train.rows[-1]
     assert last["loss"] < 0.01
     assert last["target_std"] < 0.1
-    [warning] = [line for line in done.out.splitlines() if line.startswith("warning: ")]
-    assert re.match(r"warning: step \d+: the target (uses few dimensions|says nearly the same)", warning)
+    warnings = [line for line in done.out.splitlines() if line.startswith("warning: ")]
+    assert re.match(r"warning: step \d+: the target (uses few dimensions|says nearly the same)", warnings[0])
+    assert len(warnings) <= 2
     assert f"target_std {last['target_std']:.3f}" in (train.run / "report" / "index.html").read_text()

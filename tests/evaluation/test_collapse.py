@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.evaluation.collapse import RECOVERED, REPEATED, CollapseWatch
 from fastjepa.evaluation import (
     CollapseSigns,
     between_image_std,
@@ -111,6 +112,35 @@ def test_rankme_of_equal_directions_is_their_number(rank: int, scale: float, row
 
 def test_rankme_of_nothing_is_one() -> None:
     assert rankme(torch.zeros(20, 8)).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_collapse_is_spoken_of_ever_less_often_and_when_it_is_over() -> None:
+    watch = CollapseWatch()
+    bad = [False, *[True] * 20, False, True, True, *[False] * 5, True]
+    said = {step: watch.heed(step, "bad" if is_bad else None) for step, is_bad in enumerate(bad)}
+    assert {step: text for step, text in said.items() if text} == {
+        1: "step 1: bad",
+        4: "step 4, and since step 1: bad",
+        16: "step 16, and since step 1: bad",
+        26: "step 26: no sign of collapse any more; there were some from step 1 to 23",
+        29: "step 29: bad",
+    }
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_whatever_is_seen_of_collapse_is_told_and_briefly(bad: list[bool]) -> None:
+    watch = CollapseWatch()
+    said = [watch.heed(step, "bad" if is_bad else None) for step, is_bad in enumerate(bad)]
+    for step, is_bad in enumerate(bad):
+        if is_bad and not any(bad[:step]):
+            assert said[step] == f"step {step}: bad"
+    over = [step for step, text in enumerate(said) if text and "no sign" in text]
+    assert all(not any(bad[step - RECOVERED + 1 : step + 1]) for step in over)
+    assert watch.since is None or not over or watch.since > over[-1]
+    begun = [step for step, text in enumerate(said) if text == f"step {step}: bad"]
+    assert len(begun) - len(over) in (0, 1)
+    told = sum(text is not None for text in said)
+    assert told <= len(over) + sum(2 + math.log(1 + sum(bad), REPEATED) for _ in begun)
 
 
 @settings(deadline=None)
