@@ -51,7 +51,7 @@ class StopRequest:
 def mark_stopped(folder: Path, words: str | None) -> None:
     """Leave word for scripts that a signal stopped the run and there is more to do; None takes it back.
 
-    The exit status is 0 either way: nothing failed. Nor does a drive that does not take the mark fail the run.
+    The exit status is 0 either way: nothing failed. Nor does the run fail if the drive takes no mark.
     """
     mark = folder / "stopped"
     with suppress(OSError):
