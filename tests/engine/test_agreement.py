@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastjepa.config import Config, load_config
+from fastjepa.config import Config, RunConfig, load_config
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.order import GlobalOrder
@@ -169,7 +169,7 @@ def update_error(final: dict[str, Tensor], reference: dict[str, Tensor], start: 
 
 def run_worker(cases: list[Case], out: Path) -> None:
     torch.set_num_threads(1)
-    world = join_world("cpu")
+    world = join_world("cpu", RunConfig(hang_after_s=7200))  # no step is reported here
     for case in cases:
         config = config_of(case)
         model = build_model(config)
