@@ -2,7 +2,7 @@
 
 import os
 import signal
-import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastjepa.engine.stopping import Call, StopRequest
+from tests.engine.test_world import free_port, listening
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 LONG = "optim.steps=5000"  # it does not get there
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def ranks_below(pid: int) -> list[int]:
@@ -45,27 +40,82 @@ def assert_gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-def test_deepspeed_launcher_and_a_signal_to_one_rank(train: "Trainer") -> None:
-    process = train.start(LONG, launcher=("deepspeed", "--num_gpus", "2", "--master_port", free_port()))
+def start_two(train: "Trainer", *overrides: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that nothing but their environment holds together."""
+    port = free_port()
+    return [
+        train.start(
+            *overrides,
+            launcher=(
+                *("env", f"RANK={rank}", "WORLD_SIZE=2", f"LOCAL_RANK={rank}"),
+                *("MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}", sys.executable),
+            ),
+        )
+        for rank in range(2)
+    ]
+
+
+def below(pid: int) -> list[int]:
+    """The processes that a process has started, and they in turn."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [found for child in children for found in (child, *below(child))]
+
+
+LAUNCHERS = {
+    "deepspeed": ("deepspeed", "--num_gpus", "2"),
+    "torchrun": ("torchrun", "--standalone", "--nproc-per-node", "2"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_one_rank_of_a_launcher(train: "Trainer", launcher: str) -> None:
+    port = ("--master_port", str(free_port())) if launcher == "deepspeed" else ()
+    process = train.start(LONG, launcher=(*LAUNCHERS[launcher], *port))
     train.wait_for(process, step=10)
     ranks = ranks_below(process.pid)
     assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGTERM)
-    stopped = train.finish(process).check()
+    began_s = time.monotonic()
+    for _ in range(2):  # the second must not lose the save
+        os.kill(ranks[1], signal.SIGTERM)
     assert_gone(ranks)
+    assert time.monotonic() - began_s < 30
+    stopped = train.finish(process).check()
     step = train.saved_steps[-1]
     assert stopped.out.count(f"Stopped at step {step} of 5000") == 1
+    assert (train.run / "stopped").read_text() == f"Stopped at step {step} of 5000\n"
     assert not list(train.run.rglob("*.tmp"))
 
 
-def test_a_dead_rank_ends_the_others(train: "Trainer") -> None:
-    process = train.start(LONG, launcher=("torchrun", "--standalone", "--nproc-per-node", "2"))
+def test_a_dead_rank_is_named_and_ends_the_others(train: "Trainer") -> None:
+    process = train.start(LONG, "speed.workers=1", launcher=LAUNCHERS["torchrun"])
     train.wait_for(process, step=5)
-    ranks = ranks_below(process.pid)
+    everything, ranks = below(process.pid), ranks_below(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    assert train.finish(process).code != 0
-    assert_gone(ranks)
+    ended = train.finish(process)
+    assert ended.code != 0
+    assert_gone(everything)
+    assert [line for line in ended.errors if line.startswith("error: rank 1 (")] == ended.errors != []
+    assert f"process {ranks[1]}) has ended without a word" in ended.errors[0]
+
+
+def test_a_stopped_rank_is_named_and_ends_once_it_goes_on(train: "Trainer") -> None:
+    """Without a launcher nobody else ends it. Until then neither rank was reachable from another host."""
+    ranks = start_two(train, LONG, "speed.workers=1", "run.dead_after_s=8")
+    train.wait_for(ranks[0], step=5)
+    for rank in ranks:
+        assert listening(rank.pid) == {"0100007F"}
+    first_workers, second_workers = below(ranks[0].pid), below(ranks[1].pid)
+    ranks[1].send_signal(signal.SIGSTOP)
+    began_s = time.monotonic()
+    first = train.finish(ranks[0]).check(1)
+    assert time.monotonic() - began_s < 20
+    assert [line for line in first.errors if line.startswith("error: rank 1 (")] == first.errors != []
+    assert f"process {ranks[1].pid}) has not been heard from for 8 s" in first.errors[0]
+    assert_gone(first_workers)
+    ranks[1].send_signal(signal.SIGCONT)
+    assert train.finish(ranks[1]).code == 1
+    assert_gone(second_workers)
 
 
 @pytest.fixture
@@ -92,6 +142,13 @@ def test_a_second_ctrl_c_interrupts(stop: StopRequest) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one(stop: StopRequest) -> None:
+    launched = StopRequest(launched=True)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert launched.call == Call.SAVE_AND_STOP
 
 
 def test_interrupted_while_starting(train: "Trainer") -> None:
