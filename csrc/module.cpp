@@ -19,6 +19,10 @@ TORCH_LIBRARY(fastjepa_native, m) {
       "multiblock_masks(Tensor image_index, int[2] key, int epoch, int[2] grid, int[2] target, "
       "int[2] context, int target_blocks, int min_keep, str mode, int context_tokens, int target_tokens) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("packed_attention(Tensor qkv, Tensor cu_seqlens, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "float scale) -> Tensor");
   m.def(
       "random_words(Tensor index, int[2] key, int stream, int epoch, int count, int attempt) -> Tensor");
 #ifdef FASTJEPA_WITH_CUDA
@@ -34,6 +38,8 @@ TORCH_LIBRARY_IMPL(fastjepa_native, CPU, m) {
   m.impl("gather_tokens_backward", fastjepa::gather_tokens_backward);
   m.impl("jepa_loss", fastjepa::jepa_loss);
   m.impl("multiblock_masks", fastjepa::multiblock_masks);
+  m.impl("packed_attention", fastjepa::packed_attention);
+  m.impl("packed_attention_backward", fastjepa::packed_attention_backward);
   m.impl("random_words", fastjepa::random_words);
 }
 

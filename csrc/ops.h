@@ -37,4 +37,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> multiblock_masks(
     at::IntArrayRef target, at::IntArrayRef context, int64_t target_blocks, int64_t min_keep,
     std::string_view mode, int64_t context_tokens, int64_t target_tokens);
 
+std::tuple<at::Tensor, at::Tensor> packed_attention(
+    const at::Tensor& qkv, const at::Tensor& cu_seqlens, double scale);
+
+at::Tensor packed_attention_backward(
+    const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out, const at::Tensor& lse,
+    const at::Tensor& cu_seqlens, double scale);
+
 }  // namespace fastjepa

@@ -64,6 +64,34 @@ def _reference_backward(
     return padding.unpad(gradients.permute(1, 3, 0, 2, 4)).to(qkv.dtype)
 
 
+# --------------------------------------------------------------------------------------------- C++
+
+# Of the extension's sequences, whose scores it holds whole: longer ones gain from torch's tiles.
+_LONGEST = 200
+
+
+def _cpp(
+    qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, scale: float, _equal: bool = False
+) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = torch.ops.fastjepa_native.packed_attention(qkv, cu_seqlens, scale)
+    return out
+
+
+def _cpp_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, _max_seqlen: int, scale: float
+) -> Tensor:
+    dqkv: Tensor = torch.ops.fastjepa_native.packed_attention_backward(dout, qkv, out, lse, cu_seqlens, scale)
+    return dqkv
+
+
+def _takes_cpp(qkv: Tensor, _cu_seqlens: Tensor, max_seqlen: int, *_rest: Any) -> bool:
+    return qkv.dtype == torch.float32 and qkv.shape[-1] % 16 == 0 and max_seqlen <= _LONGEST
+
+
+def _takes_cpp_backward(dout: Tensor, qkv: Tensor, *rest: Any) -> bool:
+    return dout.dtype == torch.float32 and _takes_cpp(qkv, *rest[2:])
+
+
 # -------------------------------------------------------------------------------- op and gradient
 
 
@@ -92,6 +120,7 @@ _WAYS = Ways(
     Way("varlen", stock.varlen, takes=stock.takes_varlen),
     Way("fa2", stock.fa2, takes=stock.takes_half, installed=stock.fa2_installed),
     Way("fa4", stock.fa4, takes=stock.takes_fa4, installed=stock.fa4_installed),
+    Way("cpp", _cpp, takes=_takes_cpp),
     Way("sdpa", stock.sdpa, takes=stock.takes_sdpa),
     Way("torch", _reference),
     size=_size,
@@ -102,6 +131,7 @@ _BACKWARD_WAYS = Ways(
     Way("varlen", stock.varlen_backward, takes=stock.takes_varlen),
     Way("fa2", stock.fa2_backward, takes=stock.takes_half, installed=stock.fa2_installed),
     Way("fa4", stock.fa4_backward, takes=stock.takes_fa4, installed=stock.fa4_installed),
+    Way("cpp", _cpp_backward, takes=_takes_cpp_backward),
     Way("sdpa", stock.sdpa_backward, takes=stock.takes_sdpa),
     Way("torch", _reference_backward),
     size=_size_backward,

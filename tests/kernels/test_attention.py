@@ -27,12 +27,13 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 @pytest.fixture
 def use(implementation: str) -> Iterator[str]:
-    with fk.use(implementation, strict=True):
+    # The extension has no other precision than fp32, and heads in sixteens: the next best runs the rest.
+    with fk.use(implementation, strict=implementation != "cpp"):
         yield implementation
 
 
 def widest(implementation: str) -> torch.dtype:
-    return torch.float32 if implementation == "triton" else torch.float64
+    return torch.float32 if implementation in ("cpp", "triton") else torch.float64
 
 
 def attention_one_by_one(qkv: Tensor, lengths: list[int], scale: float) -> Tensor:
@@ -141,6 +142,54 @@ def test_half_precision_is_as_good_as_its_rounding(
     check(lengths, torch.float16, head_dim=head_dim, past_the_end=5, tolerance=5e-3)
 
 
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs fastjepa_kernels._C")
+@settings(deadline=None, max_examples=60)
+@given(
+    **SHAPES
+    | {
+        "lengths": st.lists(st.integers(0, 70), min_size=1, max_size=4),
+        "head_dim": st.sampled_from([16, 32, 48, 64, 80, 128]),
+    },
+)
+def test_the_extension_is_sequence_by_sequence(lengths: list[int], **shape: Any) -> None:
+    with fk.use("cpp", strict=True):
+        check(lengths, torch.float32, **shape)
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs fastjepa_kernels._C")
+def test_the_extension_reads_rows_that_are_apart() -> None:
+    wide = torch.randn(21, 3, 2, 70)
+    qkv, starts = wide[..., 3:67], starts_of([17, 4])
+    with fk.use("cpp", strict=True):
+        found = fk.packed_attention(qkv, starts, 17)
+        assert torch.equal(found, fk.packed_attention(qkv.contiguous(), starts, 17))
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs fastjepa_kernels._C")
+def test_a_nan_stays_in_its_sequence_and_head() -> None:
+    qkv = torch.randn(20, 3, 2, 16)
+    qkv[3, 0, 1, 5] = torch.nan
+    with fk.use("cpp", strict=True):
+        out = fk.packed_attention(qkv, starts_of([12, 8]), 12)
+    wrong = torch.zeros(20, 2, dtype=torch.bool)
+    wrong[3, 1] = True
+    assert torch.equal(out.isnan().any(-1), wrong)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs fastjepa_kernels._C")
+def test_the_extension_has_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+    qkv, starts = torch.randn(40, 3, 4, 32), starts_of([17, 4, 19])
+    with fk.use("cpp", strict=True):
+        expected = fk.packed_attention(qkv, starts, 19)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            assert torch.equal(fk.packed_attention(qkv, starts, 19), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
 @each_implementation
 @pytest.mark.usefixtures("use")
 def test_a_long_sequence_among_short_ones(implementation: str) -> None:
@@ -167,8 +216,8 @@ def test_the_kernels_for_half_precision_are_exact_in_fp32(
 @pytest.mark.parametrize("backward", IMPLEMENTATIONS)
 def test_forward_and_backward_may_run_differently(implementation: str, backward: str) -> None:
     lengths, starts, scale = [5, 0, 2], starts_of([5, 0, 2]), 0.3
-    qkv = torch.randn(8, 3, 2, 8, requires_grad=True)
-    dout = torch.randn(8, 2, 8)
+    qkv = torch.randn(8, 3, 2, 16, requires_grad=True)
+    dout = torch.randn(8, 2, 16)
     (expected,) = torch.autograd.grad(attention_one_by_one(qkv, lengths, scale), qkv, dout)
     arguments = (starts, 6, scale)
     out, lse = torch.ops.fastjepa.packed_attention(qkv, *arguments, f"{implementation}!")
@@ -303,7 +352,7 @@ def test_two_runs_give_the_same_bits(implementation: str) -> None:
 @each_implementation
 def test_both_ops_are_what_they_declare(implementation: str) -> None:
     starts = starts_of([3, 0, 2])
-    qkv, dout = torch.randn(6, 3, 2, 8, requires_grad=True), torch.randn(6, 2, 8)
+    qkv, dout = torch.randn(6, 3, 2, 16, requires_grad=True), torch.randn(6, 2, 16)
     ops = torch.ops.fastjepa
     torch.library.opcheck(ops.packed_attention.default, (qkv, starts, 4, 0.3, f"{implementation}!"))
     out, lse = ops.packed_attention(qkv.detach(), starts, 4, 0.3, f"{implementation}!")

@@ -246,7 +246,7 @@ def test_what_they_take() -> None:
 
 
 def test_none_of_them_is_offered_on_the_cpu() -> None:
-    assert set(fk.implementations("packed_attention", "cpu")) <= {"sdpa", "torch", "triton"}
+    assert set(fk.implementations("packed_attention", "cpu")) <= {"cpp", "sdpa", "torch", "triton"}
     with (
         pytest.raises(ValueError, match="packed_attention cannot run as 'varlen'"),
         fk.use("varlen", strict=True),
