@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjepa_kernels as fk
+from fastjepa.engine.memory import keep_freed_memory
 from fastjepa.engine.schedules import Rates
 from fastjepa_kernels.adamw import HYPER, MOMENTUM, SCALE, SKIP, STEP
 
@@ -98,6 +99,8 @@ class SingleDevice:
         self.betas, self.eps, self.clip, self.accumulation = betas, eps, clip, accumulation
         laid_out = [_lay_out(group["params"]) for group in groups]
         device = groups[0]["params"][0].device
+        if device.type == "cpu":
+            keep_freed_memory()
         sizes = [n for _, n in laid_out]
         network.to(dtype)  # its buffers too, as DeepSpeed does
         # All groups in one piece of memory, so that one reduction gives the norm of all gradients.
