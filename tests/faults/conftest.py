@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.evidence import Watched, Witness
+from tests.faults.processes import commands, end_all
 from tests.faults.table import PROPERTY, Row, Table
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     seed = os.environ.get("FAULTS_SEED") or str(random.SystemRandom().randrange(2**32))
     print(f"FAULTS_SEED={seed}")
     return random.Random(f"{seed} {request.node.name}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_test(tmp_path: Path) -> Iterator[None]:
+    """All processes of a run have its folder among their arguments, and so have those that they fork."""
+    yield
+    left = {pid: command for pid, command in commands().items() if str(tmp_path) in command}
+    end_all(left)
+    assert left == {}, "processes outlive the test"
 
 
 @pytest.fixture

@@ -19,6 +19,12 @@ from fastjepa.engine.checkpoint import checkpoint_path
 if TYPE_CHECKING:
     from tests.conftest import Finished, Trainer
 
+STEPS = 120  # seven epochs
+# What most tests run, so that they share what they are held against. Log lines do not fall on checkpoints:
+# what a line averages must survive too.
+RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.every_steps=65", "data.flip=0.5")
+
+TIMEOUT_S = 500  # on a machine that is busy with other things
 WITNESS = Path(__file__).with_name("witness.py")
 SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s"}
 
@@ -102,19 +108,20 @@ class Watched:
     def start(self, *overrides: str, launcher: Sequence[str] = (), **popen: Any) -> subprocess.Popen[str]:
         return self.trainer.start(*overrides, launcher=self.witness.launcher(*launcher), **popen)
 
-    def __call__(self, *overrides: str, launcher: Sequence[str] = (), timeout_s: float = 300) -> "Finished":
+    def __call__(self, *overrides: str, launcher: Sequence[str] = ()) -> "Finished":
         """Run it to its end."""
-        return self.trainer.finish(self.start(*overrides, launcher=launcher), timeout_s)
+        return self.finish(self.start(*overrides, launcher=launcher))
 
-    def wait_for(
-        self, process: subprocess.Popen[str], there: Callable[[], bool], timeout_s: float = 240
-    ) -> bool:
+    def finish(self, process: subprocess.Popen[str]) -> "Finished":
+        return self.trainer.finish(process, TIMEOUT_S)
+
+    def wait_for(self, process: subprocess.Popen[str], there: Callable[[], bool]) -> bool:
         """Until something is there; False if the process has ended before."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + TIMEOUT_S
         while not there():
             if process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline_s, f"it was not there after {timeout_s} s"
+            assert time.monotonic() < deadline_s, f"it was not there after {TIMEOUT_S} s"
             time.sleep(0.002)
         return True
 

@@ -7,19 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.evidence import Watched, lines_with, results
+from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results
 from tests.faults.table import Row
 
-STEPS = 120  # seven epochs
-# Log lines do not fall on checkpoints: what a line averages must survive too.
-RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.every_steps=65", "data.flip=0.5")
 KILLS = 5  # of a run
 
 
 def kill(watched: Watched, process: subprocess.Popen[str]) -> str:
     """Kill it; what it had said."""
     process.send_signal(signal.SIGKILL)
-    ended = watched.trainer.finish(process)
+    ended = watched.finish(process)
     assert ended.code == -signal.SIGKILL
     return ended.out
 
@@ -69,7 +66,7 @@ def test_killed_and_resumed(
     for moment in moments:
         process = watched.start(*RUN)
         if not wait_for_moment(moment, chance, watched, process):
-            watched.trainer.finish(process).check()
+            watched.finish(process).check()
             continue
         said = kill(watched, process)
         row.times += 1
@@ -99,7 +96,7 @@ def test_killed_while_saving(
         step = chance.randrange(2, 12) + (watched.trainer.saved_steps or [0])[-1]
         process = watched.start(*often)
         if not wait_for_save(step, watched, process):
-            watched.trainer.finish(process).check()
+            watched.finish(process).check()
             break
         said = kill(watched, process)
         assert lines_with(said, "warning:") == []

@@ -51,14 +51,9 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
     return zlib.crc32(tensor.contiguous().numpy().tobytes(), start)
 
 
-def run_next() -> None:
-    """Run the script that the arguments left in sys.argv begin with, as python would."""
-    script = sys.argv[0]
-    sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
-
-
 if __name__ == "__main__":
     _, folder, *sys.argv = sys.argv
     watch(Path(folder))
-    run_next()
+    script = sys.argv[0]
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
