@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjepa.engine.lending import all_gather
 from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.single import FlatGroup, SingleDevice
 
@@ -231,17 +232,35 @@ def moments_of(engine: Engine, partitions: list[Partition], moment: str) -> list
 
 
 def load_weights(engine: Engine, partitions: list[Partition], weights: Mapping[str, Tensor]) -> None:
-    """Set the fp32 masters, and the weights the network computes with, from named fp32 tensors."""
+    """Set the fp32 masters, and the weights the network computes with, from named fp32 tensors.
+
+    Of those, each rank looks at its own part only (every rank must call this).
+    """
     parameters = dict(engine.module.named_parameters())
     with torch.no_grad():
         for partition in partitions:
             partition.take(weights, into=partition.master)
-            for s in partition.slices if partition.layout is None else ():
+            if partition.layout is not None:
+                whole = _together(partition, partition.layout, like=parameters[partition.names[0]])
+                for name, weight in partition.layout.split(whole).items():
+                    parameters[name].copy_(weight)
+                continue
+            for s in partition.slices:
                 local: Tensor = cast(Any, parameters[s.name]).ds_tensor
                 local[: s.count].copy_(partition.master[s.at : s.at + s.count])
-        for name, parameter in parameters.items():
-            if parameter.numel():  # of ZeRO 3 between uses it is empty
-                parameter.copy_(weights[name])
+            for name in partition.names:
+                if parameters[name].numel():  # of ZeRO 3 between uses it is empty, unless it is kept whole
+                    parameters[name].copy_(weights[name])
+
+
+def _together(partition: Partition, layout: FlatLayout, like: Tensor) -> Tensor:
+    """The master weights of all ranks, in the precision and on the device of `like`."""
+    if partition.is_whole:
+        return partition.master
+    mine = partition.master.to(like)
+    whole = mine.new_empty(layout.numel)
+    all_gather(whole, mine)
+    return whole
 
 
 def load_moments(

@@ -1,0 +1,131 @@
+"""`fastjepa checkpoint`: what there is, whether it is good, and what may go."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastjepa.cli import main
+from fastjepa.config import load_config
+from fastjepa.engine.checkpoint import Position, checkpoint_path, list_checkpoints, state_of, step_of
+from fastjepa.engine.checkpoint_list import age_of
+from fastjepa.engine.checkpoint_write import write_checkpoint
+
+VERSIONS = {"fastjepa": "0.1.0", "torch": "2.14.1"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with checkpoints of the steps 10 to 50, and a leftover."""
+    config = load_config(None, ["run.keep_last=2", "run.keep_every=20"]).to_dict()
+    for step in (10, 20, 30, 40, 50):
+        state = state_of(Position(step, 0, 0.0, 0, 0), config, VERSIONS, ranks=2, zero_stage=1)
+        write_checkpoint(tmp_path / "checkpoints", step, state, {"student": {"a": torch.zeros(1000)}})
+    (tmp_path / ".lock").write_text("")
+    leftover = tmp_path / "checkpoints" / "step_00000060.tmp"
+    leftover.mkdir()
+    (leftover / "student.safetensors").write_text("")
+    return tmp_path
+
+
+def damage(run: Path, step: int) -> Path:
+    file = checkpoint_path(run / "checkpoints", step) / "student.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(map(step_of, list_checkpoints(run / "checkpoints")))
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/step_00000030"])
+def test_ls(run: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
+    (checkpoint_path(run / "checkpoints", 10) / "state.json").unlink()
+    assert main(["checkpoint", "ls", str(run / source)]) == 0
+    heading, *rows, leftover = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["step", "age", "size", "complete", "kept", "as", "written", "by"]
+    assert [row.split()[0] for row in rows] == ["50", "40", "30", "20", "10"]
+    for row, why in zip(rows, ("newest", "one of the last 2", "-", "every 20"), strict=False):
+        assert f"  yes  {why}" in " ".join(row.split()).replace(" yes ", "  yes  ")
+        assert row.endswith("2 ranks, ZeRO 1, fastjepa 0.1.0, torch 2.14.1")
+    assert "no: state.json" in rows[-1]
+    assert rows[-1].endswith("unknown")
+    assert leftover.endswith("step_00000060.tmp is being written, or was when its run was killed")
+
+
+def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.count(" is good\n") == 5
+    file = damage(run, 30)
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    said = capsys.readouterr()
+    assert f"{file} is damaged: it differs from the manifest\n" in said.out
+    assert said.out.count(" is good\n") == 4
+    assert said.err == "error: 1 of 5 checkpoints are damaged\n"
+    assert main(["checkpoint", "verify", str(file.parent)]) == 1
+    assert main(["checkpoint", "verify", str(checkpoint_path(run / "checkpoints", 50))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        (["--keep-last", "1"], [50]),
+        (["--keep-last", "2", "--keep-every", "20"], [20, 40, 50]),
+        (["--keep-last", "9"], [10, 20, 30, 40, 50]),
+    ],
+)
+def test_prune(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], left: list[int]) -> None:
+    before = sorted(run.rglob("*"))
+    assert main(["checkpoint", "prune", str(run), *arguments, "--dry-run"]) == 0
+    would = capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before
+    assert main(["checkpoint", "prune", str(run), *arguments]) == 0
+    assert capsys.readouterr().out == would.replace("would delete", "deleted")
+    assert steps(run) == left
+    assert not list(run.rglob("*.tmp"))
+    assert main(["checkpoint", "prune", str(run), *arguments]) == 0
+    assert capsys.readouterr().out == "nothing to delete\n"
+
+
+def test_prune_keeps_the_newest_good_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = [damage(run, step) for step in (40, 50)]
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    said = capsys.readouterr().out
+    assert steps(run) == [30, 40, 50]
+    for file in damaged:
+        assert f"note: {file} is damaged: it differs from the manifest; left as it is\n" in said
+    damage(run, 30)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 1
+    assert "is good: nothing is deleted" in capsys.readouterr().err
+    assert steps(run) == [30, 40, 50]
+
+
+def test_prune_leaves_what_a_run_is_writing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["checkpoint", "prune", str(run), "--keep-last", "2"]) == 0
+    assert f"step_00000060.tmp stays: a run is training in {run}\n" in capsys.readouterr().out
+    assert [path.name for path in run.rglob("*.tmp")] == ["step_00000060.tmp"]
+    assert steps(run) == [40, 50]
+
+
+def test_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in (["ls"], ["verify"], ["prune", "--keep-last", "1"]):
+        for path in (tmp_path, tmp_path / "nowhere"):
+            assert main(["checkpoint", *action, str(path)]) == 1
+            said = capsys.readouterr().err
+            assert said == f"error: no checkpoints in {path}: give the folder of a run, or its checkpoints/\n"
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_prune_keeps_at_least_one(run: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "prune", str(run), "--keep-last", count])
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_ages() -> None:
+    assert [age_of(s) for s in (-3, 5, 90, 7300, 200_000)] == ["0 s", "5 s", "2 min", "2 h", "2 d"]
