@@ -22,7 +22,7 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy performance aot ext ext-cuda lint docs clean
+.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy performance scale-model aot ext ext-cuda lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-accuracy: $(DEV) ## Measure accuracy against time and FLOPs, I-JEPA beside
 
 performance: $(DEV) ## Write docs/performance.md and the README's table from bench/results
 	$(BIN)/python -m bench.performance_page $(ARGS)
+
+scale-model: $(DEV) ## Predict steps and memory on 8 to 4,096 GPUs, from what was measured on one
+	$(BIN)/python -m bench.scale_model $(ARGS)
 
 aot: $(DEV) ## Compile the Triton kernels for every GPU and gate what they take; ARGS=--write writes the table
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.aot --jobs $(JOBS) $(ARGS)
