@@ -1,0 +1,130 @@
+"""A disk that is full, or read-only, for a while or for good: the run trains on, and keeps what it had."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastjepa.engine.checkpoint import verify_checkpoint
+from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results
+from tests.faults.table import Row
+
+SIZE = "2m"  # of the disk: five checkpoints
+
+
+def mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs mounts: {done.stderr.strip()}")
+
+
+class Disk:
+    """A small disk of its own for a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.filler = path / "filler"
+        self.mounts = 0
+        path.mkdir()
+        mount("-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(path))
+        self.mounts += 1
+
+    def fill(self) -> None:
+        with self.filler.open("wb", buffering=0) as file:
+            for piece in (4096, 1):
+                try:
+                    while True:
+                        file.write(b"x" * piece)
+                except OSError:
+                    continue
+
+    def make_room(self) -> None:
+        self.filler.unlink()
+
+    def forbid_writing(self) -> None:
+        """As a drive does that has found errors. What is mounted over it is what processes now see."""
+        mount("--bind", str(self.path), str(self.path))
+        self.mounts += 1
+        mount("-o", "remount,ro,bind", str(self.path))
+
+    def allow_writing(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+        self.mounts -= 1
+
+    def close(self) -> None:
+        while self.mounts:
+            self.allow_writing()
+
+
+@pytest.fixture
+def disk(watched: Watched) -> Iterator[Disk]:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting needs Linux and root")
+    disk = Disk(watched.trainer.run)
+    yield disk
+    for process in watched.trainer.started:
+        process.kill()
+        process.wait()
+    disk.close()
+
+
+WAYS = pytest.mark.parametrize(
+    ("way", "begin", "end"),
+    [
+        ("full", Disk.fill, Disk.make_room),
+        pytest.param("read-only", Disk.forbid_writing, Disk.allow_writing, marks=pytest.mark.slow_fault),
+    ],
+    ids=["full", "read_only"],
+)
+
+
+def at_step(watched: Watched, process: "subprocess.Popen[str]", step: int, do: Callable[[], None]) -> None:
+    """The run stands still meanwhile."""
+    watched.wait_for_step(process, step)
+    process.send_signal(signal.SIGSTOP)
+    do()
+    process.send_signal(signal.SIGCONT)
+
+
+@WAYS
+def test_the_disk_fails(
+    watched: Watched,
+    uninterrupted: Callable[..., Watched],
+    table: Callable[[str, str], Row],
+    disk: Disk,
+    way: str,
+    begin: Callable[[Disk], None],
+    end: Callable[[Disk], None],
+) -> None:
+    reference = uninterrupted(*RUN)
+    for_good = table(
+        f"the disk is {way} until the end", "warns, trains on, keeps the last checkpoint, fails at the end"
+    )
+    process = watched.start(*RUN)
+    at_step(watched, process, 40, lambda: begin(disk))
+    failed = watched.finish(process).check(1)
+    for_good.times += 1
+    assert lines_with(failed.out, "warning: checkpoint", "not written"), failed
+    assert len(failed.errors) == 1
+    assert "the last checkpoint could not be written" in failed.errors[0]
+    assert watched.witness.newest_step() == STEPS - 1, "it trained on"
+    assert 35 <= watched.step <= 45
+    for path in watched.checkpoints.glob("step_????????"):
+        verify_checkpoint(path)
+    end(disk)
+
+    for_a_while = table(f"the disk is {way} for a while", "warns once, trains on, saves again")
+    process = watched.start(*RUN)
+    at_step(watched, process, 60, lambda: begin(disk))
+    at_step(watched, process, 85, lambda: end(disk))
+    done = watched.finish(process).check()
+    for_a_while.times += 1
+    assert lines_with(done.out, "Resuming at step")
+    assert lines_with(done.out, "warning: checkpoint", "not written"), done
+    for row in (for_good, for_a_while):
+        row.hold_against(watched, reference)
+    assert results(watched.trainer) == results(reference.trainer)
