@@ -160,6 +160,9 @@ class RunConfig:
     resume: Literal["auto", "force", "never"] = "auto"
     join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
     dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run
+    max_bad_steps: Count = 3  # in a row, with a loss or gradients that are not finite, end the run
+    # rollback: go back to the checkpoint before it, and on without the data that led there, once.
+    on_spike: Literal["warn", "rollback", "ignore"] = "warn"  # of the loss
     hang_after_s: Positive = 600.0  # so is one that others wait for so long; 12 times that to save or judge
 
 

@@ -10,7 +10,7 @@ The same command again resumes from the newest good checkpoint.
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
 from fastjepa.config import Config, ConfigError, load_config
@@ -26,6 +26,7 @@ from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import deepspeed_config, preferred_kernels
 from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
+from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
 from fastjepa.engine.shared import check_shared
 from fastjepa.engine.speed import check_speed
@@ -112,8 +113,64 @@ def pretrain(config: Config, world: World) -> int:
 
 def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     """Train from the run's position to its last step, a signal or a failing drive; leave a checkpoint."""
+    run.judge_if_due(learner)  # a run may have been killed between saving and judging
+    run.clock.lap()
+    call: int = Call.GO_ON
+    failure: Exception | None = None
+    while call == Call.GO_ON and run.position.step < run.schedule.steps:
+        with closing(batches_of(run)) as batches:
+            call, failure = train_on(run, learner, stop, batches)
+    run.hear_last(learner)
+    with run.world.activity.during(Doing.SAVING):
+        is_saved = run.save_last(learner)
+    if not is_saved:
+        raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
+    if call == Call.GIVE_UP:
+        raise failure or PeerFailed("another rank stopped; its message says why")
+
+
+def train_on(
+    run: Run, learner: Learner, stop: StopRequest, batches: Generator[Batch, None, None]
+) -> tuple[int, Exception | None]:
+    """To the last step, or to where it cannot go on, or until it has gone back, from where other data follow.
+
+    Returns:
+        What the ranks agree to do, and what failed on this one.
+    """
     config, world = run.config, run.world
-    batches = make_loader(
+    steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
+    for step in range(run.position.step, run.schedule.steps):
+        world.activity.begin(Doing.COMPUTING, step, run.saved_step)
+        with run.clock.waiting(), world.activity.during(Doing.LOADING):
+            micro_batches, failure = fetch(steps)
+        call = world.worst(stop.call if failure is None else Call.GIVE_UP)
+        if call != Call.GO_ON:
+            return call, failure
+
+        rates = run.schedule.at(step)
+        loss, last = learner.step(micro_batches, rates)
+        run.advance(learner, loss, last, micro_batches)
+
+        done = step + 1
+        # The first line is what later signs of collapse are held against.
+        if done == 1 or done % config.run.log_every == 0 or done == run.schedule.steps:
+            spike = run.log(learner, rates)
+            if spike is not None and heed_spike(run, learner, spike):
+                break
+        if learner.skipped_in_a_row:  # perhaps for what the weights are: nothing to keep or to judge
+            continue
+        with run.clock.paused():
+            if done % config.run.save_every == 0:
+                with world.activity.during(Doing.SAVING):
+                    run.save(learner)
+            run.judge_if_due(learner)
+    return Call.GO_ON, None
+
+
+def batches_of(run: Run) -> Generator[Batch, None, None]:
+    """A rank's micro-batches from the run's position on."""
+    config, world, position = run.config, run.world, run.position
+    return make_loader(
         run.images.train,
         run.masks,
         run.order,
@@ -123,45 +180,11 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
         rank=world.rank,
         world_size=world.size,
         accumulation=config.speed.accumulation,
-        first_step=run.position.step,
-        last_step=run.schedule.steps,
+        first_step=position.step + position.passed_over,
+        last_step=run.schedule.steps + position.passed_over,
         workers=config.speed.workers,
         pin_memory=world.device.type == "cuda",
     )
-    run.judge_if_due(learner)  # a run may have been killed between saving and judging
-    run.clock.lap()
-    call: int = Call.GO_ON
-    failure: Exception | None = None
-    steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
-    with closing(batches):
-        for step in range(run.position.step, run.schedule.steps):
-            world.activity.begin(Doing.COMPUTING, step, run.saved_step)
-            with run.clock.waiting(), world.activity.during(Doing.LOADING):
-                micro_batches, failure = fetch(steps)
-            call = world.worst(stop.call if failure is None else Call.GIVE_UP)
-            if call != Call.GO_ON:
-                break
-
-            rates = run.schedule.at(step)
-            loss, last = learner.step(micro_batches, rates)
-            run.advance(learner, loss, last, micro_batches)
-
-            done = step + 1
-            # The first line is what later signs of collapse are held against.
-            if done == 1 or done % config.run.log_every == 0 or done == run.schedule.steps:
-                run.log(learner, rates)
-            with run.clock.paused():
-                if done % config.run.save_every == 0:
-                    with world.activity.during(Doing.SAVING):
-                        run.save(learner)
-                run.judge_if_due(learner)
-    run.hear_last(learner)
-    with world.activity.during(Doing.SAVING):
-        is_saved = run.save_last(learner)
-    if not is_saved:
-        raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
-    if call == Call.GIVE_UP:
-        raise failure or PeerFailed("another rank stopped; its message says why")
 
 
 def fetch(steps: Iterator[list[Batch]]) -> tuple[list[Batch], Exception | None]:

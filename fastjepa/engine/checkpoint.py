@@ -43,6 +43,10 @@ class Position:
         micro_batch: images per rank and forward pass, on which masks of mode `truncate` depend.
         updates: optimizer steps that changed the weights, those skipped left out.
         losses: of the steps since the last log line, which the next one will average too.
+        recent: of the steps before those, which a spike is held against.
+        spike: the step of the last spike that was told of, counted from 1; 0 for none.
+        rolled_back: the step of the last spike that the run went back for; 0 for none.
+        passed_over: batches left out: step s reads the data of batch s + passed_over.
     """
 
     step: int
@@ -52,6 +56,10 @@ class Position:
     micro_batch: int
     updates: int = 0
     losses: tuple[float, ...] = ()
+    recent: tuple[float, ...] = ()
+    spike: int = 0
+    rolled_back: int = 0
+    passed_over: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     state = read_state(path)
     try:
-        position = Position(**state["position"] | {"losses": tuple(state["position"]["losses"])})
+        there = state["position"]
+        lists = {"losses": tuple(there["losses"]), "recent": tuple(there.get("recent", ()))}
+        position = Position(**there | lists)
         config = state["config"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / STATE} is damaged: {error}") from error

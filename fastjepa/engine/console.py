@@ -30,6 +30,7 @@ class Progress:
     momentum: float | None
     target_std: float
     token_rankme: float
+    skipped_steps: int
     time_left_s: float
     memory_gib: float | None
 
@@ -125,6 +126,8 @@ def _line(p: Progress) -> str:
     ]
     if p.momentum is not None:
         parts.append(f"momentum {p.momentum:.4f}")
+    if p.skipped_steps:
+        parts.append(f"skipped {p.skipped_steps}")
     if p.memory_gib is not None:
         parts.append(f"memory {p.memory_gib:.1f} GiB")
     return "  ".join([*parts, f"{clock(p.time_left_s)} left"])
@@ -140,6 +143,8 @@ def _view(title: str, p: Progress, verdict: Verdict | None, width: int) -> Panel
         ("target std", f"{p.target_std:.2f}"),
         ("token rank", f"{p.token_rankme:.0f}"),
     ]
+    if p.skipped_steps:
+        numbers.append(("skipped", f"{p.skipped_steps:,}"))
     if p.memory_gib is not None:
         numbers.append(("memory", f"{p.memory_gib:.1f} GiB"))
     if verdict is not None:

@@ -61,6 +61,20 @@ class Recorder:
             return self.earlier
         return (*self.earlier, *self.world.mean(torch.stack(self._losses)).tolist())
 
+    def bad_ranks(self, ago: int) -> list[int]:
+        """The ranks whose own loss `ago` steps before the last is no number (every rank must call this).
+
+        None where the loss is one, and where it is not known, of steps before the run was resumed.
+        """
+        if ago >= len(self._losses):
+            return []
+        is_bad = not bool(self._losses[-1 - ago].isfinite())
+        return [rank for rank, bad in enumerate(self.world.gather(is_bad)) if bad]
+
+    def restart(self, earlier: tuple[float, ...]) -> None:
+        """Forget everything but these losses."""
+        self.earlier, self._losses, self._last = earlier, [], None
+
     def read(self, model: JEPA | MAE) -> Interval:
         """What the last step shows, and begin a new interval."""
         assert self._last is not None, "read after at least one step"

@@ -29,16 +29,16 @@ from fastjepa.engine.folder import RunFolder, versions
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.learner import Encoders, Learner
+from fastjepa.engine.losses import LossWatch
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.saver import Job, Saver, start_saver
 from fastjepa.engine.schedules import Rates, Schedule
+from fastjepa.engine.spikes import Spike
 from fastjepa.engine.stopping import NonFinite
 from fastjepa.engine.world import World
 from fastjepa.masks import MaskSampler
 from fastjepa.objectives import JEPA, MAE, Step
-
-MAX_SKIPPED = 3  # steps in a row without finite gradients before a run stops
 
 
 @dataclass
@@ -70,6 +70,15 @@ class Run:
         micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
         self.position = Position(0, 0, 0.0, len(self.images.train), micro_batch)
         self.recorder = Recorder(self.world)
+        self.losses = LossWatch(
+            self.config,
+            self.world,
+            self.console,
+            self.images.train,
+            self.order,
+            self.recorder,
+            self.last_good,
+        )
         self.metrics = MetricsFile(self.folder.metrics)
         self.judgement = Judgement(
             self.config, self.world, self.folder, self.console, self.images, self.masks, self.metrics
@@ -105,7 +114,15 @@ class Run:
             self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()} | here)
             self.saved_step = step
             self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
-        self.world.on_main(lambda: self.metrics.cut_after(self.position.step))
+        self.cut_metrics()
+
+    def cut_metrics(self) -> None:
+        """Drop the rows after the present position, which come again."""
+        path, step = self.metrics.path, self.position.step
+        otherwise = f"the rows after step {step} stay until it can be"
+        self.world.on_main(
+            lambda: self.judgement.disk.attempt(path, lambda: self.metrics.cut_after(step), otherwise)
+        )
 
     def _newest_good(self) -> tuple[Path | None, list[str]]:
         found, damaged = newest_good(self.folder.checkpoints)
@@ -123,9 +140,10 @@ class Run:
         It is written in the background from a copy on the host. If that fails, a later step warns.
 
         Raises:
-            NonFinite: the weights, or losses that led to them, are not finite: it would be of no use.
+            NonFinite: the weights, or the losses that led to them, are not finite: it would be of no use.
         """
-        position = replace(self.position, updates=learner.updates, losses=self._finite_losses())
+        losses = self.losses.since_log(self.position)
+        position = replace(self.position, updates=learner.updates, losses=losses)
         if self.world.worst(int(not learner.is_finite())):
             raise NonFinite(f"the weights are not finite after step {position.step}. {self.last_good()}")
         self.hear_of_save()
@@ -210,29 +228,28 @@ class Run:
     def _heed_skips(self, learner: Learner, known: int) -> None:
         """`known` is the step whose outcome is."""
         if learner.skipped_in_a_row:
-            self.console.warn(f"step {known}: the gradients are not finite; the weights stay as they were")
-        if learner.skipped_in_a_row == MAX_SKIPPED:
-            self._finite_losses()  # says more, if the loss was not finite either
-            raise NonFinite(
-                f"the gradients were not finite in {MAX_SKIPPED} steps in a row, up to step {known}. "
-                f"{self.last_good()} A lower optim.lr, a longer warm-up or optim.clip_grad may help."
-            )
+            self.losses.heed_skip(self.position, known, learner.skipped_in_a_row)
 
-    def log(self, learner: Learner, rates: Rates) -> None:
+    def log(self, learner: Learner, rates: Rates) -> Spike | None:
         """Read what the last steps recorded, write a row of metrics and show where the run is.
 
+        Returns:
+            A loss spike that shows now.
+
         Raises:
-            NonFinite: a loss was not; the message names the step and its images.
+            NonFinite: the losses of the last few steps were not; the message names their images.
         """
-        losses = self._finite_losses()
+        losses = self.losses.since_log(self.position)
+        finite = [loss for loss in losses if math.isfinite(loss)]
         interval = self.recorder.read(learner.model)
         lap = self.clock.lap()
         self.position = replace(self.position, train_s=self.position.train_s + lap.train_s)
+        self.position, spike = self.losses.find_spike(self.position, losses)
         row: dict[str, float | int] = {
             "step": self.position.step,
             "epoch": self.position.images_seen / self.position.dataset_images,
             "images": self.position.images_seen,
-            "loss": fmean(losses),
+            "loss": fmean(finite) if finite else math.nan,
             "lr": rates.lr,
             "weight_decay": rates.weight_decay,
             "grad_norm": float(learner.grad_norm),
@@ -245,15 +262,16 @@ class Run:
             "token_rankme": interval.signs.token_rankme,
             "prediction_std": interval.signs.prediction_std,
             "prediction_rankme": interval.prediction_rankme,
+            "skipped_steps": self.position.step - learner.updates,
             "elapsed_s": self.position.train_s,
         }
         if learner.target is not None:
             row["momentum"] = rates.momentum
-        if not self.world.is_main:
-            return
-        self.judgement.write(row)
-        self.judgement.watch(interval.signs, self.position)
-        self.console.show_progress(self._progress(row))
+        if self.world.is_main:
+            self.judgement.write(row)
+            self.judgement.watch(interval.signs, self.position)
+            self.console.show_progress(self._progress(row))
+        return spike
 
     def judge_if_due(self, learner: Learner) -> None:
         """Probe on a part of the labelled images, once at each multiple of `probe.every_steps`.
@@ -263,7 +281,7 @@ class Run:
         """
         every, step = self.config.probe.every_steps, self.position.step
         if every and step and step % every == 0:
-            self._finite_losses()
+            self.losses.since_log(self.position)
             encoders = learner.encoders()
             self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))
 
@@ -279,25 +297,6 @@ class Run:
             count = f"{len(self.unreadable)} of {len(self.images.train)}"
             self.console.say(f"{count} images could not be read and were skipped; they are named above")
 
-    def _finite_losses(self) -> tuple[float, ...]:
-        """Those since the last log line.
-
-        Raises:
-            NonFinite: one of them is not; the message names the step, counted from 1, and its images.
-        """
-        losses = self.recorder.losses()
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is None:
-            return losses
-        step = self.position.step - len(losses) + bad
-        _, index = self.order.batch(step)
-        named = ", ".join(self.images.train.path(i) for i in index[:4].tolist())
-        more = f" and {len(index) - 4} more" if len(index) > 4 else ""
-        raise NonFinite(
-            f"the loss is not finite at step {step + 1}, on the images {named}{more}. {self.last_good()} "
-            "A lower optim.lr, a longer warm-up or optim.clip_grad may help."
-        )
-
     def _progress(self, row: dict[str, Any]) -> Progress:
         per_image = self.config.optim.global_batch / row["images_per_second"]
         device = self.world.device
@@ -311,6 +310,7 @@ class Run:
             momentum=row.get("momentum"),
             target_std=row["target_std"],
             token_rankme=row["token_rankme"],
+            skipped_steps=row["skipped_steps"],
             time_left_s=(self.schedule.steps - self.position.step) * per_image,
             memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         )

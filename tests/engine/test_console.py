@@ -20,6 +20,7 @@ PROGRESS = Progress(
     momentum=0.9961,
     target_std=0.81,
     token_rankme=321.9,
+    skipped_steps=2,
     time_left_s=200_000,
     memory_gib=71.4,
 )
@@ -39,7 +40,7 @@ def test_every_number_stands_beside_its_name_at_any_width(width: int) -> None:
     text = "\n".join(lines)
     for pair in (
         "loss +0.2345", "grad norm +1.234", "momentum +0.9961", "images/s +12,346", "data wait +7%",
-        "target std +0.81", "token rank +322", "memory +71.4 GiB",
+        "target std +0.81", "token rank +322", "skipped +2", "memory +71.4 GiB",
         "kNN +0.500", "linear +0.625", "RankMe +100",
     ):  # fmt: skip
         assert re.search(pair, text), pair
@@ -48,7 +49,7 @@ def test_every_number_stands_beside_its_name_at_any_width(width: int) -> None:
 
 
 def test_numbers_that_there_are_none_of_are_left_out() -> None:
-    mae = Progress(**vars(PROGRESS) | {"momentum": None, "memory_gib": None})
+    mae = Progress(**vars(PROGRESS) | {"momentum": None, "memory_gib": None, "skipped_steps": 0})
     text = "\n".join(drawn(mae, None, 80))
     assert not re.search("momentum|memory|kNN|None", text)
 
