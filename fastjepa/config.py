@@ -128,7 +128,8 @@ class ProbeConfig:
 
 @dataclass
 class SpeedConfig:
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: 0, without DeepSpeed, on one device, else 1
+    # auto: 0, without DeepSpeed, on one device; on several 2, or 1 where micro-batches are accumulated.
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     offload_optimizer: bool = False  # masters, moments and the target's shadow on the host, at ZeRO 1 to 3
     accumulation: Count = 1  # micro-batches per optimizer step
     checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
@@ -156,7 +157,7 @@ class RunConfig:
     save_every: Count = 1000  # steps
     keep_last: Count = 2  # checkpoints
     keep_every: Count | None = None  # steps: checkpoints of multiples of it stay for ever
-    # auto: the newest good checkpoint, under the same settings; force: under others too; never: refuse, if any.
+    # auto: the newest good checkpoint, under the same settings; force: under others too; never: refuse any.
     resume: Literal["auto", "force", "never"] = "auto"
     join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
     dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run

@@ -11,7 +11,7 @@ from typing import get_args
 from bench.scale_model import picture, report
 from bench.scale_model.activations import Tokens
 from bench.scale_model.measured import RESULTS, ROOT, ROW, load
-from bench.scale_model.memory import STAGES, Split
+from bench.scale_model.memory import DEFAULT, STAGES, Split
 from bench.scale_model.networks import most_seen_in, named_network
 from bench.scale_model.predict import Base, Options, base_of, memory_of, predict
 from bench.scale_model.report import Scaling
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     page = report.page(scalings, options, launch_us, checks)
     caption = (
-        f"Predicted for ZeRO 1, not run. {report.assumptions(options, launch_us)} Solid: CUDA graphs; "
-        "dashed: every kernel launched by the host. Hollow: fewer than 8 images on a GPU. ViT-g was measured "
-        "on no GPU."
+        f"Predicted for ZeRO {DEFAULT}, not run. {report.assumptions(options, launch_us)} Solid: CUDA "
+        "graphs; dashed: every kernel launched by the host. Hollow: fewer than 8 images on a GPU. ViT-g "
+        "was measured on no GPU."
     )
     asked.out.mkdir(parents=True, exist_ok=True)
     asked.picture.parent.mkdir(parents=True, exist_ok=True)

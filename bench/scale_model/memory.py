@@ -16,9 +16,9 @@ from fastjepa.engine.single import ALIGNED
 
 BF16, FP32 = 2, 4  # bytes
 STAGES = (0, 1, 2, 3)
+DEFAULT = 2  # of several ranks without accumulation
 # Elements that stage 0 and stage 1 flatten and reduce together: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE.
 FALLBACK_BUCKET = 500_000_000
-REUSE = 1_000_000_000  # DeepSpeed's own stage3_max_reuse_distance
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Split:
     stage: int
     ranks: int
     bucket: int
-    reuse: int = REUSE
+    reuse: int = 0
     on_gpu: bool = True
 
     @property

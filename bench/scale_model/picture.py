@@ -6,11 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from bench.scale_model.memory import DEFAULT
 from bench.scale_model.predict import Prediction
 from bench.scale_model.report import SMALL, Scaling, find, gpu_counts
 from fastjepa.report.figures import FAINT, INK, MUTED, to_png
 
-STAGE = 1  # what several ranks take by default
 COLOURS = ("#17669b", "#b8432f", "#2f8f5b", "#8a5a9e")
 
 
@@ -60,8 +60,8 @@ def chart(scalings: Sequence[Scaling], caption: str) -> bytes:
 
 def _line(axes: Axes, scaling: Scaling, colour: str, value: Callable[[Prediction], float]) -> None:
     """Solid without the host's time, dashed with it; hollow where a GPU has few images."""
-    found = [find(scaling.device, STAGE, gpus) for gpus in gpu_counts(scaling)]
-    launched = [find(scaling.launched, STAGE, gpus) for gpus in gpu_counts(scaling)]
+    found = [find(scaling.device, DEFAULT, gpus) for gpus in gpu_counts(scaling)]
+    launched = [find(scaling.launched, DEFAULT, gpus) for gpus in gpu_counts(scaling)]
     x = [each.gpus for each in found]
     title = f"ViT-{scaling.base.network.title}"
     label = title if scaling.kind == "strong" else f"{title}, {scaling.batch} images a GPU"

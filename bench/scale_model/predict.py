@@ -162,7 +162,8 @@ def memory_of(network: Network, split: Split, tokens: Tokens, checkpointed: bool
 def predict(base: Base, stage: int, gpus: int, batch: int, options: Options) -> Prediction:
     """A step of `batch` images on each of `gpus`, in as few micro-batches as memory allows."""
     network = base.network
-    split = Split(stage, gpus, bucket_elements(network.shape.width))
+    bucket = bucket_elements(network.shape.width)
+    split = Split(stage, gpus, bucket, reuse=bucket)  # as the engine asks for
     room = options.usable * base.measured.memory_bytes
     # bf16 gradients of several micro-batches are not summed at stage 0: the engine refuses.
     most = 1 if stage == 0 and gpus > 1 else batch

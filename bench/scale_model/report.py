@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from bench.kernels.table import aligned
-from bench.scale_model.memory import STAGES
+from bench.scale_model.memory import DEFAULT, STAGES
 from bench.scale_model.predict import Base, Options, Prediction
 
 SMALL = 8  # images of a rank, under which nothing was measured that is like it
@@ -41,13 +41,13 @@ def gpu_counts(scaling: Scaling) -> list[int]:
 
 
 def steps_table(scaling: Scaling) -> str:
-    """For each number of GPUs the step of each stage, and what it is made of at stage 1."""
+    """For each number of GPUs the step of each stage, and what it is made of at their default stage."""
     heads = ("GPUs", "batch of a GPU", *(f"ZeRO {stage}, ms" for stage in STAGES))
     heads += ("launched, ms", "images/s", "efficiency", "compute", "update", "sent", "seen", "host")
     lines: list[Sequence[str]] = [heads]
     for gpus in gpu_counts(scaling):
         at = {stage: find(scaling.device, stage, gpus) for stage in STAGES}
-        launched, one = find(scaling.launched, 1, gpus), at[1]
+        launched, one = find(scaling.launched, DEFAULT, gpus), at[DEFAULT]
         parts = one.compute_s, one.update_s, one.sent_s, one.exposed_s, launched.host_s
         lines.append(
             (
@@ -136,11 +136,11 @@ def assumptions(options: Options, launch_us: str) -> str:
 NOTES = (
     "Milliseconds of a step at each stage with CUDA graphs, whose host costs nothing; `launched` as the host "
     "launches every kernel, which is what several ranks do by default. From there on all columns are of "
-    "ZeRO 1, their default: images/s and efficiency with graphs, and the parts of the step. `sent`: seconds "
-    "of the links, `seen`: those not hidden. Efficiency: useful FLOP/s of a GPU over those of one GPU alone "
-    "at the measured batch; above 100 % where more images share one update. †: fewer than 8 images on a GPU, "
-    "where kernels are too small for the rate that was measured. (k×): in k micro-batches, as the whole "
-    "batch does not fit; –: does not fit."
+    f"ZeRO {DEFAULT}, their default: images/s and efficiency with graphs, and the parts of the step. `sent`: "
+    "seconds of the links, `seen`: those not hidden. Efficiency: useful FLOP/s of a GPU over those of one "
+    "GPU alone at the measured batch; above 100 % where more images share one update. †: fewer than 8 images "
+    "on a GPU, where kernels are too small for the rate that was measured. (k×): in k micro-batches, as the "
+    "whole batch does not fit; –: does not fit."
 )
 
 

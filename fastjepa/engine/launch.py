@@ -65,6 +65,17 @@ def bucket_elements(width: int) -> int:
     return _BLOCKS_PER_BUCKET * 12 * width**2
 
 
+def zero_stage(config: Config) -> int:
+    """What DeepSpeed is asked for.
+
+    Stage 2 sends gradients while the backward pass goes on, but after each micro-batch; stage 1 once a step,
+    in bf16 when all are there.
+    """
+    if config.speed.zero_stage != "auto":
+        return config.speed.zero_stage
+    return 2 if config.speed.accumulation == 1 else 1
+
+
 def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> dict[str, Any]:
     """The generated DeepSpeed configuration, with the file's own `deepspeed` section merged last.
 
@@ -74,7 +85,7 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> d
         on_gpu: where there are streams, on which gradients are reduced while others are computed.
     """
     bf16 = config.optim.precision == "bf16"
-    stage = 1 if config.speed.zero_stage == "auto" else config.speed.zero_stage
+    stage = zero_stage(config)
     if bf16 and stage == 0 and config.speed.accumulation > 1 and world_size > 1:
         raise ConfigError(
             "bf16 with speed.zero_stage 0 on several ranks would sum the gradients of micro-batches in bf16 "
@@ -111,6 +122,8 @@ def _zero(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
             "stage3_max_live_parameters": 2 * bucket,
+            # Farther from its next use a weight is let go; by default a billion, so a ViT-L would stay whole.
+            "stage3_max_reuse_distance": bucket,
             "stage3_param_persistence_threshold": 0,
         }
     return zero

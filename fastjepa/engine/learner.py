@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine.graphs import GraphedStep, graph_parts
-from fastjepa.engine.launch import start_engine
+from fastjepa.engine.launch import start_engine, zero_stage
 from fastjepa.engine.partitions import (
     MOMENTS,
     Partition,
@@ -253,7 +253,8 @@ def _whole_copy(encoder: VisionTransformer, weights: Named) -> VisionTransformer
     """An encoder of the same shape, place and precision, with weights named as in the student."""
     copy = VisionTransformer(encoder.shape, encoder.pixel_mean, encoder.pixel_std)
     if weights:  # on rank 0
-        copy.load_state_dict({name.removeprefix(ENCODER): w for name, w in weights.items()}, strict=False)
+        here = {name.removeprefix(ENCODER): weight for name, weight in weights.items()}
+        copy.load_state_dict(here | {"pos_embed": copy.pos_embed})
     return copy.to(encoder.pos_embed)
 
 
@@ -263,9 +264,8 @@ def how_it_runs(learner: Learner, config: Config, world: World) -> str:
     if isinstance(learner.engine, SingleDevice):
         engine = f"Runs alone, without DeepSpeed, on {device}"
     else:
-        stage = 1 if config.speed.zero_stage == "auto" else config.speed.zero_stage
         ranks = "one rank" if world.size == 1 else f"{world.size} ranks"
-        engine = f"Runs under DeepSpeed, ZeRO stage {stage}, {ranks} on {device}"
+        engine = f"Runs under DeepSpeed, ZeRO stage {zero_stage(config)}, {ranks} on {device}"
     graph = {
         "none": "no CUDA graph",
         "parts": "CUDA graphs of the networks",

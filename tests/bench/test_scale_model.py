@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.scale_model.activations import Kept, Tokens, backward_bytes, forward_bytes, left_bytes
-from bench.scale_model.memory import REUSE, Memory, Split, state, step
+from bench.scale_model.memory import Memory, Split, state, step
 from bench.scale_model.networks import Network, Seen
 from fastjepa.config import Config, load_config
 from fastjepa.data.loader import Batch
@@ -41,13 +41,16 @@ WIDTH = 192
 NETWORK = Network("toy", ViTShape((PIXELS, PIXELS), 16, WIDTH, 12, 3), Narrow(96, 4), 3)
 
 
+BUCKET = bucket_elements(WIDTH)
+
+
 @dataclass(frozen=True)
 class Case:
     ranks: int
     stage: int
     remade: bool = False  # as on a GPU
     checkpointed: bool = False
-    reuse: int = REUSE
+    reuse: int = BUCKET
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class Case:
 
     @property
     def split(self) -> Split:
-        return Split(self.stage, self.ranks, bucket_elements(WIDTH), self.reuse, on_gpu=False)
+        return Split(self.stage, self.ranks, BUCKET, self.reuse, on_gpu=False)
 
 
 CASES = [
@@ -67,7 +70,7 @@ CASES = [
     Case(2, 1),
     Case(2, 2, remade=True, checkpointed=True),
     Case(2, 3, remade=True),  # whose hooks keep blocks from being fused
-    Case(2, 3, reuse=4_000_000),
+    Case(2, 3, reuse=1_000_000_000),  # DeepSpeed's own: all weights stay
 ]
 
 
@@ -90,7 +93,7 @@ class Held:
 
 def config_of(case: Case) -> Config:
     key = "deepspeed.zero_optimization.stage3_max_reuse_distance"
-    reuse = [f"{key}={case.reuse}"] if case.reuse != REUSE else []
+    reuse = [f"{key}={case.reuse}"] if case.reuse != BUCKET else []
     return load_config(
         None,
         [

@@ -125,14 +125,14 @@ def test_what_the_target_encoder_cannot_do(
             "parts",
             False,
             8,
-            "under DeepSpeed, ZeRO stage 1, 8 ranks on GPUs; CUDA graphs of the networks;",
+            "under DeepSpeed, ZeRO stage 2, 8 ranks on GPUs; CUDA graphs of the networks;",
         ),
         (
             object,
             "none",
             False,
             1,
-            "ZeRO stage 1, one rank on a GPU; no CUDA graph; the target encoder in bf16",
+            "ZeRO stage 2, one rank on a GPU; no CUDA graph; the target encoder in bf16",
         ),
     ],
 )
