@@ -32,10 +32,14 @@ class Disk:
 
     def failed(self, path: Path, error: BaseException, otherwise: str) -> None:
         """Warn, the first time; then count."""
-        self._failures[path] = self._failures.get(path, 0) + 1
-        if self._failures[path] == 1:
+        if self.is_news(path):
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             self.console.warn(f"cannot write {path}: {reason}; {otherwise}")
+
+    def is_news(self, path: Path) -> bool:
+        """Count that it cannot be written; whether it could before."""
+        self._failures[path] = self._failures.get(path, 0) + 1
+        return self._failures[path] == 1
 
     def works(self, path: Path) -> None:
         """Say so, if it did not before."""

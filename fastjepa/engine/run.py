@@ -183,7 +183,8 @@ class Run:
         failure = self._saver.wait()
         if failure is None:
             self.saved_step = step
-        else:
+            self.judgement.disk.works(self.folder.checkpoints)
+        elif self.judgement.disk.is_news(self.folder.checkpoints):
             self.console.warn(f"checkpoint not written: step {step}: {failure}. {self.last_good()}")
 
     def last_good(self) -> str:

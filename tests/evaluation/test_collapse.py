@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa.data.fashion_mnist import FashionMNIST
-from fastjepa.evaluation.collapse import RECOVERED, REPEATED, CollapseWatch
 from fastjepa.evaluation import (
     CollapseSigns,
     between_image_std,
@@ -18,6 +17,7 @@ from fastjepa.evaluation import (
     rankme,
     token_std,
 )
+from fastjepa.evaluation.collapse import RECOVERED, REPEATED, CollapseWatch
 
 WIDTH = 64
 
