@@ -79,8 +79,8 @@ class Trainer:
     @property
     def environment(self) -> dict[str, str]:
         """This process's, with one thread for each of those started, and without what a launcher has set."""
-        launched: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "GLOO_")
-        launched += ("TORCHELASTIC_", "DS_ACCELERATOR", "FASTJEPA_", "TRITON_")
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "TORCHELASTIC_", "GLOO_")
+        launched = (*launchers, "DS_ACCELERATOR", "FASTJEPA_", "TRITON_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
         # Launchers look for `python` and each other on PATH.
         return kept | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}

@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,6 +62,17 @@ def meet(placement: Placement, within_s: float) -> Meeting:
         ConfigError: not all of them came in time, or they disagree about how many there are; the message
             says who is missing, or what could not be reached.
     """
+    try:
+        return _meet(placement, within_s)
+    except dist.DistError as error:
+        where = f"{placement.master_addr}:{placement.master_port}"
+        raise ConfigError(
+            f"rank {placement.rank} on {socket.gethostname()}: what answers at {where} does not do so as "
+            f"rank 0 does ({str(error).splitlines()[0]}). Is the port another program's, or has rank 0 ended?"
+        ) from error
+
+
+def _meet(placement: Placement, within_s: float) -> Meeting:
     deadline_s = time.monotonic() + within_s
     addresses = _resolve(placement, min(within_s, _RESOLVE_S))
     if placement.rank == 0 and not placement.agent_store:
@@ -73,15 +86,30 @@ def meet(placement: Placement, within_s: float) -> Meeting:
 
 
 def _store(address: str, placement: Placement, within_s: float, listener: int | None = None) -> dist.TCPStore:
-    return dist.TCPStore(
-        address,
-        placement.master_port,
-        placement.size,
-        is_master=listener is not None,
-        timeout=timedelta(seconds=within_s),
-        wait_for_workers=False,
-        master_listen_fd=listener,
-    )
+    made: Future[dist.TCPStore] = Future()
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                address,
+                placement.master_port,
+                placement.size,
+                is_master=listener is not None,
+                timeout=timedelta(seconds=within_s),
+                wait_for_workers=False,
+                master_listen_fd=listener,
+            )
+        except RuntimeError as error:
+            made.set_exception(error)
+        else:
+            made.set_result(store)
+
+    # It keeps to no time where something accepts the connection and says nothing.
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        return made.result(within_s)
+    except TimeoutError as error:
+        raise dist.DistError(f"no answer for {within_s:g} s") from error
 
 
 def _host_store(placement: Placement, address: str, within_s: float) -> dist.TCPStore:

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import secrets
-import select
+import selectors
 import socket
 import threading
 import time
@@ -95,9 +95,15 @@ class Watch(ABC):
         return False
 
     def _run(self) -> None:
+        try:
+            self._look_around()
+        except Exception as error:  # without a watch, this rank might wait for ever
+            end_process(f"the watch over the other ranks failed: {error!r}")
+
+    def _look_around(self) -> None:
         last_s, told_s = time.monotonic(), 0.0
         while not self._is_over:
-            select.select(self._sockets(), [], [], self._beat_s / 4)
+            _wait_for_any(self._sockets(), self._beat_s / 4)
             now_s = time.monotonic()
             # Where this thread itself was held up, the others are not to blame.
             elapsed_s, last_s = min(now_s - last_s, 2 * self._beat_s), now_s
@@ -231,6 +237,14 @@ class Guest(Watch):
     @property
     def _is_over(self) -> bool:
         return self._main_left
+
+
+def _wait_for_any(sockets: list[socket.socket], timeout_s: float) -> None:
+    """Until one can be read from. select.select takes no descriptors above 1023."""
+    with selectors.DefaultSelector() as selector:
+        for one in sockets:
+            selector.register(one, selectors.EVENT_READ)
+        selector.select(timeout_s)
 
 
 def _note(peer: Peer, message: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fastjepa.engine.verdicts import LONGER, Peer, silent, stuck
 from fastjepa.engine.watch import Guest, Host, Watch
 from tests.engine.test_world import free_port
 
-DEAD_AFTER_S, HANG_AFTER_S = 4.0, 3.0
+DEAD_AFTER_S, HANG_AFTER_S = 4.0, 6.0
 
 
 def peer(
@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path) -> None:
     assert ranks.codes() == [1, 1]
     for rank in (0, 1):
         assert "error: rank 1 (" in ranks.said(rank)
-        assert "has been waiting for data, after step 1, for 3 s, at test_watch.py:" in ranks.said(rank)
+        assert "has been waiting for data, after step 1, for 6 s, at test_watch.py:" in ranks.said(rank)
         assert "in hang; the others wait for it" in ranks.said(rank)
     assert "in hang\n" in ranks.said(1)  # the stack, of that rank alone
     assert "in wait\n" not in ranks.said(0)

@@ -167,6 +167,8 @@ def test_unreachable_addresses_are_named() -> None:
         other.listen()
         with pytest.raises(ConfigError, match=r"the port is in use.*another MASTER_PORT"):
             meet(local(0, port), 0.3)
+        with pytest.raises(ConfigError, match=r"does not do so as rank 0 does.*another program's"):
+            meet(local(1, port), 1)
     several_hosts = Placement("test", 0, 4, 0, 2, "127.0.0.1", port)
     with pytest.raises(ConfigError, match="which no other host can reach"):
         meet(several_hosts, 0.3)
