@@ -39,7 +39,7 @@ def check_shared(world: World, folder: Path, within_s: float = _CACHED_S) -> Non
         more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
         raise ConfigError(
             f"the run folder of rank 0 is not seen by {blind[0]}{more}, looked for {within_s:g} s: run.dir "
-            "must be on a drive that all hosts share, under one path; a relative one starts where a process does"
+            "must be on a drive that all hosts share, and its whole path given"
         )
 
 
