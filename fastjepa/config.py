@@ -340,6 +340,9 @@ _OURS_ALONE = {
     "gradient_clipping": "optim.clip_grad",
     "zero_optimization.stage": "speed.zero_stage",
     "bf16.enabled": "optim.precision",
+    # Without these DeepSpeed would step with gradients that are not finite.
+    "bf16.check_grad_overflow": "run.max_bad_steps",
+    "zero_optimization.compute_grad_norm": "run.max_bad_steps",
     "fp16": "optim.precision",
     "optimizer": "optim",
     "scheduler": "optim",

@@ -183,7 +183,8 @@ def test_diverged_run_names_the_step_the_images_and_the_last_good_checkpoint(tra
     )
     assert len(failed.errors) == 1
     error = failed.errors[0]
-    assert "not finite in 3 steps in a row, the first of them step 2, on the images " in error
+    assert "the loss is not finite at step 2, on the images " in error
+    assert "the first of 3 bad steps" in error
     assert failed.out.count("the weights stay as they were") == 3
     assert "train-images-idx3-ubyte.gz[" in error
     assert "and 12 more" in error

@@ -222,6 +222,8 @@ def test_what_deepspeed_is_told_is_part_of_the_results_but_may_not_contradict_th
     for key, ours in (
         ("train_batch_size=7", "optim.global_batch"),
         ("zero_optimization.stage=3", "speed.zero_stage"),
+        ("zero_optimization.compute_grad_norm=false", "run.max_bad_steps"),
+        ("bf16.check_grad_overflow=false", "run.max_bad_steps"),
         ("fp16.enabled=true", "optim.precision"),
     ):
         with pytest.raises(ConfigError, match=f"deepspeed.* is set through {ours} here"):

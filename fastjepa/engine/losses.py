@@ -82,10 +82,15 @@ class LossWatch:
         self._told = position.step
 
     def _give_up(self, position: Position, first: int) -> None:
+        count, images = self.config.run.max_bad_steps, self._images(position, first)
+        losses = self.recorder.losses()
+        loss = losses[first - position.step - 1] if position.step - first < len(losses) else math.nan
+        if math.isfinite(loss):
+            what = f"the gradients were not finite in {count} steps in a row, from step {first} on: {images}"
+        else:
+            what = f"the loss is not finite at step {first}, on {images}: the first of {count} bad steps"
         raise NonFinite(
-            f"the loss or its gradients are not finite in {self.config.run.max_bad_steps} steps in a row, "
-            f"the first of them step {first}, on {self._images(position, first)}. {self.last_good()} A lower "
-            "optim.lr, a longer warm-up or optim.clip_grad may help."
+            f"{what}. {self.last_good()} A lower optim.lr, a longer warm-up or optim.clip_grad may help."
         )
 
     def _images(self, position: Position, step: int) -> str:
