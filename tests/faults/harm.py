@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,23 @@ def nan_gradient(value: str) -> None:
     learner.Learner.step = harmed  # type: ignore[method-assign]
 
 
+def rate(value: str) -> None:
+    from fastjepa.engine import learner
+
+    at, _, factor = value.partition(":")
+    bad = {int(at)}
+    step = learner.Learner.step
+
+    def harmed(self: Any, micro_batches: Iterable[Any], rates: Any) -> Any:
+        micro_batches = list(micro_batches)
+        if micro_batches[0].step in bad:
+            bad.clear()
+            rates = replace(rates, lr=rates.lr * float(factor))
+        return step(self, micro_batches, rates)
+
+    learner.Learner.step = harmed  # type: ignore[method-assign]
+
+
 def patience(value: str) -> None:
     from fastjepa.data.loader import make_loader
 
@@ -47,7 +65,7 @@ def patience(value: str) -> None:
 
 if __name__ == "__main__":
     _, name, value, *sys.argv = sys.argv
-    {"nan_gradient": nan_gradient, "patience": patience}[name](value)
+    {"nan_gradient": nan_gradient, "rate": rate, "patience": patience}[name](value)
     script = sys.argv[0]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
