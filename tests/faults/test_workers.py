@@ -1,0 +1,54 @@
+"""Loader workers: one that hangs is named, and signals to a whole job do not end them."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.evidence import RUN, STEPS, Watched, lines_with
+from tests.faults.processes import assert_gone, children, descendants, needs_proc
+from tests.faults.table import Row
+from tests.faults.test_bad_images import RUN as FOLDER_RUN
+from tests.faults.test_bad_images import write_images
+
+HARM = Path(__file__).with_name("harm.py")
+
+pytestmark = needs_proc
+
+
+def test_sigterm_to_a_worker(
+    watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
+) -> None:
+    row = table("SIGTERM to a loader worker", "ignored: the trainer decides when to stop")
+    process = watched.start(*RUN, "speed.workers=2")
+    watched.wait_for_step(process, 3)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+        row.times += 1
+    watched.finish(process).check()
+    assert watched.step == STEPS
+    assert_gone(workers)
+    row.hold_against(watched, uninterrupted(*RUN))
+
+
+def test_a_worker_that_hangs(watched: Watched, table: Callable[[str, str], Row]) -> None:
+    """Opening a FIFO without a writer never returns, as reading from a drive that is gone."""
+    row = table("a loader worker hangs", "it and its image are named after the timeout; a checkpoint is left")
+    folder = watched.trainer.home / "images"
+    file = write_images(folder)[151]  # not among those that are pictured, which the trainer reads itself
+    file.unlink()
+    os.mkfifo(file)
+    process = watched.start(
+        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2",
+        launcher=("python", str(HARM), "patience", "5"),
+    )  # fmt: skip
+    watched.wait_for(process, lambda: len(children(process.pid)) >= 2)
+    below = descendants(process.pid)
+    failed = watched.finish(process).check(1)
+    row.times += 1
+    assert len(failed.errors) == 1
+    assert lines_with(failed.errors[0], "no batch for 5 s: worker ", str(file))
+    assert watched.step == watched.witness.newest_step() + 1
+    assert_gone(below)
