@@ -88,7 +88,8 @@ def check_fits(checkpoint: Checkpoint, wanted: Mapping[str, Shapes]) -> None:
         f"{file}.safetensors, which this model has no use for"
         for file in sorted(files.keys() - wanted.keys())
     ]
-    for file in sorted(wanted.keys() & files.keys()):
+    # The weights first: the other files only repeat what differs in them.
+    for file in sorted(wanted.keys() & files.keys(), key=lambda file: (file != "student", file)):
         there, here = files[file].shapes, wanted[file]
         lines += [f"{file}: no tensor {name}" for name in sorted(here.keys() - there.keys())]
         lines += [f"{file}: {name}, which this model has not" for name in sorted(there.keys() - here.keys())]

@@ -57,25 +57,27 @@ class HashedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("wb", buffering=2**20)  # small tensors go together, large ones past it
+        # Without a buffer: a worker forked meanwhile would have a copy of it, and might write that too.
+        self._stream = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
         self._bytes = 0
 
     def write(self, pieces: Iterable[bytes | memoryview]) -> None:
         for piece in pieces:
             self._hash.update(piece)
-            self._stream.write(piece)
             self._bytes += len(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[self._stream.write(left) :]
 
     def finish(self) -> Fingerprint:
         """Have it on the disk, and close it."""
-        self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
         return Fingerprint(self._bytes, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        with suppress(OSError):  # what is left in the buffer finds no room either
+        with suppress(OSError):  # as drives behind a network may say so late
             self._stream.close()
 
 
