@@ -24,7 +24,7 @@ from fastjepa.engine.images import open_images
 from fastjepa.engine.learner import start_learner
 from fastjepa.engine.prefetch import in_steps
 from fastjepa.engine.world import World, join_world, leave_world
-from tests.engine.test_resume import results
+from tests.faults.evidence import results
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
