@@ -57,24 +57,34 @@ class Case:
 # (ranks, stage, accumulation)
 SPLITS = list(itertools.product((1, 2), (0, 1, 2, 3), (1, 4)))
 QUICK = {
-    "budget": [(1, 0, 1), (1, 1, 4), (1, 2, 1), (1, 3, 1), (2, 0, 4), (2, 1, 1), (2, 2, 4), (2, 3, 4)],
-    "packed": [(1, 0, 4), (1, 3, 4), (2, 1, 4), (2, 2, 1), (2, 3, 1)],
+    "budget": [(1, 1, 4), (1, 3, 1), (2, 0, 4), (2, 1, 1), (2, 2, 4), (2, 3, 4)],
+    "packed": [(1, 2, 1), (2, 2, 1), (2, 3, 1)],
 }
-FP32 = [Case(*split, mode) for mode, splits in QUICK.items() for split in splits]
-REST = [Case(*split, mode) for mode in QUICK for split in SPLITS if split not in QUICK[mode]]
-CLIPPED = [Case(*split, clip=0.05) for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 2, 2), (2, 3, 2)]]
-MAE = [Case(*split, objective="mae") for split in [(1, 0, 1), (2, 1, 1), (2, 2, 2), (2, 3, 1)]]
-RECOMPUTED = [
+FP32 = [
+    *(Case(*split, mode) for mode, splits in QUICK.items() for split in splits),
+    Case(2, 1, 2, clip=0.05),
+    Case(2, 3, 2, clip=0.05),
+    Case(2, 2, 2, objective="mae"),
+    Case(1, 3, 1, objective="mae"),
+    Case(2, 3, 2, "packed", recompute=True),
+    Case(2, 3, 2, offload=True),
+]
+BF16 = [
+    *(Case(*split, precision="bf16") for split in [(1, 0, 1), (2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 4)]),
+    Case(2, 1, 2, precision="bf16", offload=True),
+]
+REST = [
+    *(Case(*split, mode) for mode in QUICK for split in SPLITS if split not in QUICK[mode]),
+    *(Case(*split, clip=0.05) for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 2, 2)]),
+    *(Case(*split, objective="mae") for split in [(1, 0, 1), (2, 1, 1), (2, 3, 1)]),
     Case(1, 1, 1, recompute=True),
     Case(2, 2, 2, "packed", recompute=True),
-    Case(2, 3, 2, "packed", recompute=True),
+    *(Case(*split, offload=True) for split in [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 3, 1)]),
 ]
-OFFLOADED = [Case(*split, offload=True) for split in [(1, 1, 1), (2, 2, 2), (2, 3, 2)]]
-BF16 = [
-    Case(*split, precision="bf16")
-    for split in [(1, 0, 1), (1, 1, 4), (1, 3, 1), (2, 0, 1), (2, 1, 1), (2, 2, 2), (2, 3, 4)]
-] + [Case(2, 1, 2, precision="bf16", offload=True), Case(2, 3, 1, precision="bf16", offload=True)]
-QUICKLY = FP32 + CLIPPED + MAE + RECOMPUTED + OFFLOADED + BF16
+REST_BF16 = [
+    *(Case(*split, precision="bf16") for split in [(1, 1, 4), (1, 2, 2), (1, 3, 1), (2, 1, 4), (2, 2, 2)]),
+    *(Case(2, stage, 1, precision="bf16", offload=True) for stage in (2, 3)),
+]
 
 
 def config_of(case: Case) -> Config:
@@ -278,7 +288,7 @@ def read(results: Path, case: Case) -> tuple[list[float], float, dict[str, Tenso
     return report["losses"], report["shadow_error"], tensors
 
 
-@pytest.mark.parametrize("case", FP32 + CLIPPED + MAE + RECOMPUTED + OFFLOADED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FP32, ids=lambda case: case.name)
 def test_fp32_agrees_with_plain_torch(results: Path, case: Case) -> None:
     assert_agrees(results, case)
 
@@ -309,6 +319,16 @@ def assert_agrees(results: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
 def test_bf16_follows_fp32(results: Path, case: Case) -> None:
+    assert_follows(results, case)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize("case", REST_BF16, ids=lambda case: case.name)
+def test_every_other_split_in_bf16_follows_too(rest: Path, case: Case) -> None:
+    assert_follows(rest, case)
+
+
+def assert_follows(results: Path, case: Case) -> None:
     """Within the 8 bits of bf16 (measured: .0013 and .011); shadow and working copy stay exact."""
     losses, shadow_error, tensors = read(results, case)
     expected, start, final = reference(case)
@@ -325,5 +345,5 @@ def test_bf16_follows_fp32(results: Path, case: Case) -> None:
 
 
 if __name__ == "__main__":
-    chosen = {"quickly": QUICKLY, "rest": REST}[sys.argv[3]]
+    chosen = {"quickly": FP32 + BF16, "rest": REST + REST_BF16}[sys.argv[3]]
     run_worker([case for case in chosen if case.ranks == int(sys.argv[1])], Path(sys.argv[2]))
