@@ -25,12 +25,18 @@ from bench.kernels import machine
 from bench.kernels.machine import ROOT
 from bench.kernels.results import RESULTS
 from bench.throughput.report import write
-from fastjepa.engine.checkpoint import Position, checkpoint_path, load_checkpoint, state_of, verify_checkpoint
-from fastjepa.engine.checkpoint_keep import Keep
+from fastjepa.engine.checkpoints.checkpoint import (
+    Position,
+    checkpoint_path,
+    load_checkpoint,
+    state_of,
+    verify_checkpoint,
+)
+from fastjepa.engine.checkpoints.keep import Keep
+from fastjepa.engine.checkpoints.saver import Job, Saver
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
 from fastjepa.engine.run import Run
-from fastjepa.engine.saver import Job, Saver
 
 FILES = ("student", "target", "exp_avg", "exp_avg_sq")
 VIT_LARGE = 304_000_000  # elements: 1.2 GB of fp32

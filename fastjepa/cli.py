@@ -47,7 +47,7 @@ def report(run: Path) -> int:
 def export(source: Path, file: Path, force: bool = False) -> int:
     """Write the weights of a run or a checkpoint as one file in the published layout of its method."""
     from fastjepa.config import ConfigError
-    from fastjepa.engine.checkpoint import CheckpointError
+    from fastjepa.engine.checkpoints.checkpoint import CheckpointError
     from fastjepa.interop import save_official
     from fastjepa.interop.start import load_trained
 
@@ -69,8 +69,8 @@ def export(source: Path, file: Path, force: bool = False) -> int:
 
 def checkpoint(options: argparse.Namespace) -> int:
     """List, verify or prune checkpoints."""
-    from fastjepa.engine.checkpoint import CheckpointError
-    from fastjepa.engine.checkpoint_list import checkpoints_of
+    from fastjepa.engine.checkpoints.checkpoint import CheckpointError
+    from fastjepa.engine.checkpoints.listing import checkpoints_of
 
     try:
         directory = checkpoints_of(options.source)
@@ -85,8 +85,8 @@ def checkpoint(options: argparse.Namespace) -> int:
 
 
 def _list(directory: Path) -> int:
-    from fastjepa.engine.checkpoint import list_checkpoints
-    from fastjepa.engine.checkpoint_list import describe, table
+    from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
+    from fastjepa.engine.checkpoints.listing import describe, table
 
     print("\n".join(table([describe(path) for path in list_checkpoints(directory)], time.time())))
     for path in sorted(directory.glob("step_*.tmp")):
@@ -95,7 +95,7 @@ def _list(directory: Path) -> int:
 
 
 def _verify(which: Path | list[Path]) -> int:
-    from fastjepa.engine.checkpoint import damage_of, list_checkpoints
+    from fastjepa.engine.checkpoints.checkpoint import damage_of, list_checkpoints
 
     paths = which if isinstance(which, list) else list_checkpoints(which)
     damaged = 0
@@ -109,8 +109,8 @@ def _verify(which: Path | list[Path]) -> int:
 
 
 def _prune(directory: Path, last: int, every: int | None, *, dry_run: bool) -> int:
-    from fastjepa.engine.checkpoint_keep import Keep
-    from fastjepa.engine.checkpoint_list import carry_out, plan_pruning
+    from fastjepa.engine.checkpoints.keep import Keep
+    from fastjepa.engine.checkpoints.listing import carry_out, plan_pruning
 
     done = carry_out(directory, plan_pruning(directory, Keep(last, every)), dry_run=dry_run)
     for note in done.notes:

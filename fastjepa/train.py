@@ -17,21 +17,21 @@ from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.unreadable import TooManyUnreadable
 from fastjepa.data.workers import WorkersDied
-from fastjepa.engine.activity import Doing
 from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
-from fastjepa.engine.checkpoint import CheckpointError, list_checkpoints
+from fastjepa.engine.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import deepspeed_config, preferred_kernels
 from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
+from fastjepa.engine.processes.activity import Doing
+from fastjepa.engine.processes.shared import check_shared
+from fastjepa.engine.processes.stopping import Call, NonFinite, PeerFailed, StopRequest, mark_stopped
+from fastjepa.engine.processes.world import World, joined
 from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
-from fastjepa.engine.shared import check_shared
 from fastjepa.engine.speed import check_speed
-from fastjepa.engine.stopping import Call, NonFinite, PeerFailed, StopRequest, mark_stopped
-from fastjepa.engine.world import World, joined
 from fastjepa.interop import load_initial_weights
 from fastjepa.report import write_report
 

@@ -8,9 +8,15 @@ import torch
 
 from fastjepa.cli import main
 from fastjepa.config import load_config
-from fastjepa.engine.checkpoint import Position, checkpoint_path, list_checkpoints, state_of, step_of
-from fastjepa.engine.checkpoint_list import age_of
-from fastjepa.engine.checkpoint_write import write_checkpoint
+from fastjepa.engine.checkpoints.checkpoint import (
+    Position,
+    checkpoint_path,
+    list_checkpoints,
+    state_of,
+    step_of,
+)
+from fastjepa.engine.checkpoints.listing import age_of
+from fastjepa.engine.checkpoints.write import write_checkpoint
 
 VERSIONS = {"fastjepa": "0.1.0", "torch": "2.14.1"}
 

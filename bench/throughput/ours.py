@@ -14,8 +14,8 @@ from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.engine import build
 from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.processes.world import World
 from fastjepa.engine.schedules import Rates
-from fastjepa.engine.world import World
 from fastjepa.models import Init, initialise
 
 RATES = Rates(lr=1e-4, weight_decay=0.05, momentum=0.996)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastjepa.config import Config, ConfigError, differences, parse_config
-from fastjepa.engine.checkpoint import list_checkpoints
+from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
 from fastjepa.masks import Masks
 
 Json = dict[str, Any]

@@ -10,7 +10,7 @@ from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.data.views import ImageSet
 from fastjepa.engine.images import RunImages
-from fastjepa.engine.stopping import NonFinite
+from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.evaluation.collapse import between_image_std, rankme, token_std
 from fastjepa.evaluation.features import pixel_features, pool_features, standardise
 from fastjepa.evaluation.knn import knn_accuracy

@@ -10,7 +10,7 @@ import torch
 from fastjepa.config import Config
 from fastjepa.data.views import read_views
 from fastjepa.engine.build import build_model
-from fastjepa.engine.checkpoint import Position
+from fastjepa.engine.checkpoints.checkpoint import Position
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.disk import Disk
 from fastjepa.engine.folder import RunFolder, versions
@@ -18,7 +18,7 @@ from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
-from fastjepa.engine.world import World
+from fastjepa.engine.processes.world import World
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer

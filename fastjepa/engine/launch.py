@@ -16,9 +16,9 @@ from torch import nn
 import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError
 from fastjepa.engine.build import build_shape
+from fastjepa.engine.processes.world import HOST_TIMEOUT, World, start_group_of_one
 from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.single import SingleDevice
-from fastjepa.engine.world import HOST_TIMEOUT, World, start_group_of_one
 
 
 def micro_batch(config: Config, world_size: int) -> int:

@@ -21,12 +21,12 @@ from fastjepa.engine.partitions import (
     moments_of,
     partitions_of,
 )
+from fastjepa.engine.processes.world import World
 from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.schedules import Rates
 from fastjepa.engine.single import SingleDevice, Told
 from fastjepa.engine.speed import apply_speed, check_speed, cuda_graph_of
 from fastjepa.engine.target import ENCODER, ShardedTarget, shard_target
-from fastjepa.engine.world import World
 from fastjepa.masks import Masks
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE, Step

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from fastjepa.config import Config
 from fastjepa.data.order import GlobalOrder, rank_slice
 from fastjepa.data.views import ImageSet
-from fastjepa.engine.checkpoint import Position
+from fastjepa.engine.checkpoints.checkpoint import Position
 from fastjepa.engine.console import RunConsole
+from fastjepa.engine.processes.stopping import NonFinite
+from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.spikes import KEPT, Spike, find_spike
-from fastjepa.engine.stopping import NonFinite
-from fastjepa.engine.world import World
 
 NAMED = 4  # images in a message
 

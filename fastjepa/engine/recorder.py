@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.data.loader import Batch
-from fastjepa.engine.world import World
+from fastjepa.engine.processes.world import World
 from fastjepa.evaluation.collapse import (
     CollapseSigns,
     between_image_std,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fastjepa.engine.checkpoint import (
+from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     checkpoint_path,
     list_checkpoints,

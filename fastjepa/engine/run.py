@@ -13,7 +13,7 @@ from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
-from fastjepa.engine.checkpoint import (
+from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     Position,
     checkpoint_path,
@@ -21,8 +21,9 @@ from fastjepa.engine.checkpoint import (
     newest_good,
     state_of,
 )
-from fastjepa.engine.checkpoint_keep import Keep
-from fastjepa.engine.checkpoint_resume import check_continues, check_fits
+from fastjepa.engine.checkpoints.keep import Keep
+from fastjepa.engine.checkpoints.resume import check_continues, check_fits
+from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
 from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
@@ -31,12 +32,11 @@ from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.learner import Encoders, Learner
 from fastjepa.engine.losses import LossWatch
 from fastjepa.engine.metrics import MetricsFile
+from fastjepa.engine.processes.stopping import NonFinite
+from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
-from fastjepa.engine.saver import Job, Saver, start_saver
 from fastjepa.engine.schedules import Rates, Schedule
 from fastjepa.engine.spikes import Spike
-from fastjepa.engine.stopping import NonFinite
-from fastjepa.engine.world import World
 from fastjepa.masks import MaskSampler
 from fastjepa.objectives import JEPA, MAE, Step
 

@@ -9,7 +9,7 @@ import torch
 import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError, possible_graphs
 from fastjepa.engine.launch import is_single, micro_batch
-from fastjepa.engine.world import World
+from fastjepa.engine.processes.world import World
 from fastjepa.models import Stack
 from fastjepa.models.fp8 import Fp8Encoder
 from fastjepa.objectives import JEPA, MAE

@@ -5,7 +5,7 @@ from typing import cast
 
 from fastjepa.config import ConfigError, parse_config
 from fastjepa.engine.build import build_heads, build_model
-from fastjepa.engine.checkpoint import (
+from fastjepa.engine.checkpoints.checkpoint import (
     STATE,
     Checkpoint,
     CheckpointError,

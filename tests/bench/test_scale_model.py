@@ -29,8 +29,8 @@ from fastjepa.data.loader import Batch
 from fastjepa.engine.build import build_masks, build_model
 from fastjepa.engine.launch import bucket_elements
 from fastjepa.engine.learner import start_learner
+from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.schedules import Rates
-from fastjepa.engine.world import World, join_world, leave_world
 from fastjepa.models import ViTShape
 from fastjepa.models.flops import Narrow
 from fastjepa_kernels import block

@@ -28,8 +28,8 @@ from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.engine.build import build_masks, build_model, build_schedule
 from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.schedules import Rates
-from fastjepa.engine.world import World, join_world, leave_world
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA
 

@@ -19,11 +19,11 @@ from fastjepa.config import load_config
 from fastjepa.data.loader import make_loader
 from fastjepa.data.order import GlobalOrder
 from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
-from fastjepa.engine.checkpoint import checkpoint_path
+from fastjepa.engine.checkpoints.checkpoint import checkpoint_path
 from fastjepa.engine.images import open_images
 from fastjepa.engine.learner import start_learner
 from fastjepa.engine.prefetch import in_steps
-from fastjepa.engine.world import World, join_world, leave_world
+from fastjepa.engine.processes.world import World, join_world, leave_world
 from tests.faults.evidence import results
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from fastjepa.config import Config, ConfigError
 from fastjepa.engine.build import build_model, build_schedule
 from fastjepa.engine.launch import preferred_kernels
 from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.single import ALIGNED, SingleDevice
 from fastjepa.engine.speed import check_speed
-from fastjepa.engine.world import World, join_world, leave_world
 from fastjepa.objectives import JEPA
 from tests.engine.test_agreement import (
     IMAGES,
@@ -324,7 +324,7 @@ import torch
 import fastjepa.engine.learner, fastjepa.train
 from fastjepa.config import ConfigError
 from fastjepa.engine.folder import versions
-from fastjepa.engine.world import join_world, leave_world
+from fastjepa.engine.processes.world import join_world, leave_world
 from fastjepa.engine.learner import start_learner
 from tests.engine.test_agreement import Case, build_model, build_schedule, config_of, loader_of
 world = join_world("cpu")

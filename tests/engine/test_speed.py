@@ -8,9 +8,9 @@ import torch
 from fastjepa.config import Config, ConfigError, load_config, parse_config
 from fastjepa.engine.build import build_model
 from fastjepa.engine.learner import Learner, how_it_runs
+from fastjepa.engine.processes.world import World
 from fastjepa.engine.single import SingleDevice
 from fastjepa.engine.speed import check_speed, cuda_graph_of
-from fastjepa.engine.world import World
 
 FP32 = {"optim": {"precision": "fp32"}}
 MAE = {"objective": {"name": "mae"}}

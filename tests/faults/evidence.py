@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastjepa.engine.checkpoint import checkpoint_path
+from fastjepa.engine.checkpoints.checkpoint import checkpoint_path
 
 if TYPE_CHECKING:
     from tests.conftest import Finished, Trainer

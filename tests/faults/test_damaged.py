@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.engine.checkpoint import checkpoint_path, list_checkpoints
+from fastjepa.engine.checkpoints.checkpoint import checkpoint_path, list_checkpoints
 from tests.faults.evidence import Watched, lines_with, results
 from tests.faults.table import Row
 

@@ -13,8 +13,8 @@ from fastjepa.engine.build import build_model
 from fastjepa.engine.graphs import WARM_UP
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
+from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.single import SingleDevice
-from fastjepa.engine.world import World, join_world, leave_world
 from tests.engine.test_agreement import Case, config_of, loader_of, named_weights, reference, update_error
 from tests.engine.test_single import schedule_of
 

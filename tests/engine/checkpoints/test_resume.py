@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from fastjepa.config import load_config
-from fastjepa.engine.checkpoint import Checkpoint, CheckpointError, Position, load_checkpoint, state_of
-from fastjepa.engine.checkpoint_resume import check_continues, check_fits
-from fastjepa.engine.checkpoint_write import write_checkpoint
+from fastjepa.engine.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Position,
+    load_checkpoint,
+    state_of,
+)
+from fastjepa.engine.checkpoints.resume import check_continues, check_fits
+from fastjepa.engine.checkpoints.write import write_checkpoint
 
 POSITION = Position(7, 112, 1.5, dataset_images=280, micro_batch=16)
 TRUNCATE = ["masks.mode=truncate"]

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from fastjepa.engine.tensorfile import HashedFile, TensorFile, TensorFileError, fingerprint, header_of
+from fastjepa.engine.checkpoints.tensorfile import (
+    HashedFile,
+    TensorFile,
+    TensorFileError,
+    fingerprint,
+    header_of,
+)
 
 SHAPES = st.dictionaries(
     st.text(max_size=12).filter(lambda name: name != "__metadata__"),

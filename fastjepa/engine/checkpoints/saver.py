@@ -2,7 +2,7 @@
 
     every rank, in the step      its parts (masters, moments, shadow) -> buffers of the host
     every rank, in a thread      windows of the files -> rank 0, over a gloo group of its own
-    rank 0, in its thread        -> safetensors files, hashed, synced, renamed             `checkpoint_write`
+    rank 0, in its thread        -> safetensors files, hashed, synced, renamed             `write`
 
 The buffers stay between saves: a host needs what its ranks keep in fp32 once more, and rank 0 up to eight
 windows of 16 MiB besides. No rank ever has a whole model.
@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjepa.engine.checkpoint_keep import Keep, prune
-from fastjepa.engine.checkpoint_plan import FilePlan, Window, in_turn, plan_file
-from fastjepa.engine.checkpoint_write import writing
+from fastjepa.engine.checkpoints.keep import Keep, prune
+from fastjepa.engine.checkpoints.plan import FilePlan, Window, in_turn, plan_file
+from fastjepa.engine.checkpoints.write import writing
 from fastjepa.engine.partitions import Parts, Slice
-from fastjepa.engine.world import HOST_TIMEOUT, World
+from fastjepa.engine.processes.world import HOST_TIMEOUT, World
 
 AHEAD = 8  # windows that rank 0 has received and not yet written
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.engine.checkpoint import checkpoint_path, list_checkpoints, step_of
-from fastjepa.engine.checkpoint_keep import Keep, prune
+from fastjepa.engine.checkpoints.checkpoint import checkpoint_path, list_checkpoints, step_of
+from fastjepa.engine.checkpoints.keep import Keep, prune
 
 
 @given(

@@ -20,14 +20,20 @@ from torch import Tensor
 
 from fastjepa.config import Config, load_config
 from fastjepa.engine.build import build_model
-from fastjepa.engine.checkpoint import Position, checkpoint_path, load_checkpoint, newest_good, state_of
-from fastjepa.engine.checkpoint_keep import Keep
-from fastjepa.engine.checkpoint_resume import check_fits
-from fastjepa.engine.checkpoint_write import CheckpointWriter, write_checkpoint
+from fastjepa.engine.checkpoints.checkpoint import (
+    Position,
+    checkpoint_path,
+    load_checkpoint,
+    newest_good,
+    state_of,
+)
+from fastjepa.engine.checkpoints.keep import Keep
+from fastjepa.engine.checkpoints.resume import check_fits
+from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
+from fastjepa.engine.checkpoints.write import CheckpointWriter, write_checkpoint
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
-from fastjepa.engine.saver import Job, Saver, start_saver
-from fastjepa.engine.world import join_world, leave_world
+from fastjepa.engine.processes.world import join_world, leave_world
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

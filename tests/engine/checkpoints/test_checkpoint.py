@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastjepa.config import Config
-from fastjepa.engine.checkpoint import (
+from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     Position,
     checkpoint_path,
@@ -29,8 +29,8 @@ from fastjepa.engine.checkpoint import (
     state_of,
     verify_checkpoint,
 )
-from fastjepa.engine.checkpoint_keep import Keep, prune
-from fastjepa.engine.checkpoint_write import write_checkpoint
+from fastjepa.engine.checkpoints.keep import Keep, prune
+from fastjepa.engine.checkpoints.write import write_checkpoint
 
 POSITION = Position(
     step=7, images_seen=112, train_s=1.5, dataset_images=280, micro_batch=16, losses=(0.1, 2e-9)
@@ -188,9 +188,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from fastjepa.engine.checkpoint import Position, state_of
-from fastjepa.engine.checkpoint_keep import Keep, prune
-from fastjepa.engine.checkpoint_write import write_checkpoint
+from fastjepa.engine.checkpoints.checkpoint import Position, state_of
+from fastjepa.engine.checkpoints.keep import Keep, prune
+from fastjepa.engine.checkpoints.write import write_checkpoint
 directory, step = Path(sys.argv[1]), 0
 tensors = {name: {"a": torch.randn(2_000_000)} for name in ("student", "exp_avg", "exp_avg_sq")}
 while True:
@@ -225,8 +225,8 @@ SAVE_ONTO_FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from fastjepa.engine.checkpoint import Position, state_of
-from fastjepa.engine.checkpoint_write import write_checkpoint
+from fastjepa.engine.checkpoints.checkpoint import Position, state_of
+from fastjepa.engine.checkpoints.write import write_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 tensors = {name: {"a": torch.zeros(25_000)} for name in ("student", "exp_avg", "exp_avg_sq")}
 try:

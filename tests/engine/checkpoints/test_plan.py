@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.engine.checkpoint_plan import Piece, in_turn, plan_file
+from fastjepa.engine.checkpoints.plan import Piece, in_turn, plan_file
 from fastjepa.engine.partitions import FlatLayout, Slice
 
 Sizes = dict[str, int]

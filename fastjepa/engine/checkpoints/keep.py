@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastjepa.engine.checkpoint import list_checkpoints, step_of
+from fastjepa.engine.checkpoints.checkpoint import list_checkpoints, step_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fastjepa.engine.stopping import Call, StopRequest
-from tests.engine.test_world import free_port, listening
+from fastjepa.engine.processes.stopping import Call, StopRequest
+from tests.engine.processes.test_world import free_port, listening
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

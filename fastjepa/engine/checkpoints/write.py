@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastjepa.engine.checkpoint import MANIFEST, STATE, checkpoint_path
-from fastjepa.engine.checkpoint_plan import Shapes
-from fastjepa.engine.tensorfile import Fingerprint, HashedFile, header_of
+from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, checkpoint_path
+from fastjepa.engine.checkpoints.plan import Shapes
+from fastjepa.engine.checkpoints.tensorfile import Fingerprint, HashedFile, header_of
 
 
 class CheckpointWriter:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastjepa.config import ConfigError
-from fastjepa.engine.launchers import Placement
+from fastjepa.engine.processes.launchers import Placement
 
 T = TypeVar("T")
 _RESOLVE_S = 20.0  # names of a job that just starts may not be known at once

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastjepa.engine.tensorfile import Fingerprint, TensorFile, TensorFileError, fingerprint
+from fastjepa.engine.checkpoints.tensorfile import Fingerprint, TensorFile, TensorFileError, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"

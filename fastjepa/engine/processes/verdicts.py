@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastjepa.engine.activity import LONG, Moment
-from fastjepa.engine.rendezvous import Member
+from fastjepa.engine.processes.activity import LONG, Moment
+from fastjepa.engine.processes.rendezvous import Member
 
 LONGER = 12  # so many times longer may saving and judging take than anything else
 _NAMED = 4  # ranks in a message

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastjepa.config import ConfigError
-from fastjepa.engine.world import World
+from fastjepa.engine.processes.world import World
 
 # NFS may keep for a minute that a folder is not there.
 _CACHED_S = 70.0

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastjepa.config import Config, differences, parse_config
-from fastjepa.engine.checkpoint import Checkpoint, CheckpointError, Position
-from fastjepa.engine.checkpoint_plan import Shapes
+from fastjepa.engine.checkpoints.checkpoint import Checkpoint, CheckpointError, Position
+from fastjepa.engine.checkpoints.plan import Shapes
 
 _NAMED = 8  # differing tensors in a message
 

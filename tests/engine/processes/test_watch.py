@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.engine.activity import Activity, Doing, Moment
-from fastjepa.engine.launchers import Placement
-from fastjepa.engine.rendezvous import Member, meet
-from fastjepa.engine.verdicts import LONGER, Peer, silent, stuck
-from fastjepa.engine.watch import Guest, Host, Watch
-from tests.engine.test_world import free_port
+from fastjepa.engine.processes.activity import Activity, Doing, Moment
+from fastjepa.engine.processes.launchers import Placement
+from fastjepa.engine.processes.rendezvous import Member, meet
+from fastjepa.engine.processes.verdicts import LONGER, Peer, silent, stuck
+from fastjepa.engine.processes.watch import Guest, Host, Watch
+from tests.engine.processes.test_world import free_port
 
 DEAD_AFTER_S, HANG_AFTER_S = 4.0, 6.0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastjepa.engine.checkpoint import (
+from fastjepa.engine.checkpoints.checkpoint import (
     MANIFEST,
     STATE,
     CheckpointError,
@@ -18,7 +18,7 @@ from fastjepa.engine.checkpoint import (
     read_state,
     step_of,
 )
-from fastjepa.engine.checkpoint_keep import Keep, superfluous
+from fastjepa.engine.checkpoints.keep import Keep, superfluous
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 

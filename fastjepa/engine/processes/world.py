@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from fastjepa.config import ConfigError, RunConfig
-from fastjepa.engine.activity import Activity, Doing
-from fastjepa.engine.launchers import Placement, find_placement
-from fastjepa.engine.rendezvous import interface_of, meet
-from fastjepa.engine.stopping import PeerFailed
-from fastjepa.engine.watch import Guest, Host, Watch
+from fastjepa.engine.processes.activity import Activity, Doing
+from fastjepa.engine.processes.launchers import Placement, find_placement
+from fastjepa.engine.processes.rendezvous import interface_of, meet
+from fastjepa.engine.processes.stopping import PeerFailed
+from fastjepa.engine.processes.watch import Guest, Host, Watch
 
 T = TypeVar("T")
 # Rank 0 judges and saves while the others wait. A rank that is lost is noticed by the watch, far earlier.

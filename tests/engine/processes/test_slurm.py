@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import ROOT
-from tests.engine.test_signals import assert_gone, ranks_below
-from tests.engine.test_world import free_port
+from tests.engine.processes.test_signals import assert_gone, ranks_below
+from tests.engine.processes.test_world import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

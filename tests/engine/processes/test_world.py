@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastjepa.config import ConfigError
-from fastjepa.engine.launchers import Placement, expand_hosts, find_placement
-from fastjepa.engine.rendezvous import interface_of, meet, own_address
+from fastjepa.engine.processes.launchers import Placement, expand_hosts, find_placement
+from fastjepa.engine.processes.rendezvous import interface_of, meet, own_address
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

@@ -22,10 +22,10 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from fastjepa.engine.activity import Activity, Doing, Moment
-from fastjepa.engine.rendezvous import Meeting, listen
-from fastjepa.engine.verdicts import Peer, Verdict, ended, failed, silent, stuck
-from fastjepa.engine.wire import Wire
+from fastjepa.engine.processes.activity import Activity, Doing, Moment
+from fastjepa.engine.processes.rendezvous import Meeting, listen
+from fastjepa.engine.processes.verdicts import Peer, Verdict, ended, failed, silent, stuck
+from fastjepa.engine.processes.wire import Wire
 
 _BEAT_S = 1.0
 _GRACE_S = 30.0  # for ranks that hear of another's failure at a step boundary, save, and end by themselves
