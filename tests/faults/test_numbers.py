@@ -27,6 +27,7 @@ def test_gradients_on_one_rank_that_are_no_numbers(
     assert_same_steps(watched.witness, reference.witness)
 
 
+@pytest.mark.slow_fault
 def test_gradients_that_stay_so(watched: Watched, table: Callable[[str, str], Row]) -> None:
     row = table(
         "gradients that are no numbers, three steps in a row", "all ranks stop; the good checkpoint is named"

@@ -14,6 +14,7 @@ SPIKE = 88  # from 0; the losses before say what is usual
 LAUNCHER = ("python", HARM, "rate", f"{SPIKE}:3000")
 
 
+@pytest.mark.slow_fault
 def test_a_spike_is_told_of(watched: Watched, table: Callable[[str, str], Row]) -> None:
     row = table("a loss spike, run.on_spike=warn", "warned of, with the step and the losses")
     done = watched(*RUN, launcher=LAUNCHER).check()
