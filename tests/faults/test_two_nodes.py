@@ -14,7 +14,7 @@ from tests.faults.evidence import RUN, Watched, torchrun
 from tests.faults.processes import assert_gone, descendants, needs_proc, ranks_below
 from tests.faults.table import Row
 
-pytestmark = needs_proc
+pytestmark = [needs_proc, pytest.mark.slow_fault]
 
 DEAD_AFTER_S = 10
 ADDRESSES = ("10.83.0.1", "10.83.0.2")  # seen by nobody outside
