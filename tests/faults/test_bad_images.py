@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -86,6 +87,7 @@ def test_one_per_cent(watched: Watched, table: Callable[[str, str], Row]) -> Non
     assert trained_on.keys() == set(range(STEPS))
 
 
+@pytest.mark.slow_fault
 def test_more_than_five_per_cent(watched: Watched, table: Callable[[str, str], Row]) -> None:
     row = table("more than 5 % of the images are bad", "stops; the first of them are named")
     folder = watched.trainer.home / "images"

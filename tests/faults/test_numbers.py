@@ -12,6 +12,7 @@ HARM = str(Path(__file__).with_name("harm.py"))
 TWO = tuple(torchrun(2))
 
 
+@pytest.mark.slow_fault
 def test_gradients_on_one_rank_that_are_no_numbers(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.faults.evidence import RUN, STEPS, Watched, lines_with
 from tests.faults.processes import assert_gone, children, descendants, needs_proc
 from tests.faults.table import Row
@@ -16,6 +18,7 @@ HARM = Path(__file__).with_name("harm.py")
 pytestmark = needs_proc
 
 
+@pytest.mark.slow_fault
 def test_sigterm_to_a_worker(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
