@@ -144,6 +144,7 @@ class SpeedConfig:
     fused_update: bool = True  # AdamW and the target's average in one pass, at stage 0 on one device
     prefetch: bool = True  # the next batch is copied to the device while this one is computed
     workers: CountOrNone = 4  # loader processes per rank; 0 loads in the training process
+    worker_timeout_s: Positive = 300.0  # without a batch for so long, a loader process hangs
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -33,7 +33,6 @@ from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
 from fastjepa.engine.speed import check_speed
 from fastjepa.interop import load_initial_weights
-from fastjepa.report import write_report
 
 # Errors that the person at the keyboard can do something about: the message is all there is to say.
 TOLD = (ConfigError, CheckpointError, TooManyUnreadable, WorkersDied, NonFinite, PeerFailed, TimeoutError)
@@ -104,6 +103,8 @@ def pretrain(config: Config, world: World) -> int:
             return 0
         run.conclude(learner)
         if world.is_main:
+            from fastjepa.report import write_report  # loads matplotlib, which no other rank or start needs
+
             try:
                 console.say(f"Report: {write_report(folder.path)}")
             except OSError as error:
@@ -183,6 +184,7 @@ def batches_of(run: Run) -> Generator[Batch, None, None]:
         first_step=position.step + position.passed_over,
         last_step=run.schedule.steps + position.passed_over,
         workers=config.speed.workers,
+        worker_timeout_s=config.speed.worker_timeout_s,
         pin_memory=world.device.type == "cuda",
     )
 

@@ -52,6 +52,7 @@ class Judge:
         probe: how many images, how many neighbours.
         size: pixels of the view.
         workers: processes that read images; 0 reads here.
+        worker_timeout_s: how long to wait for one of them.
         device: where encoders run.
         seed: of the split on which the linear probe's regularisation is chosen.
     """
@@ -61,6 +62,7 @@ class Judge:
     probe: ProbeConfig
     size: int
     workers: int
+    worker_timeout_s: float
     device: torch.device
     seed: int
 
@@ -75,6 +77,7 @@ class Judge:
             config.probe,
             config.data.image_size,
             config.speed.workers,
+            config.speed.worker_timeout_s,
             device,
             config.run.seed,
         )
@@ -121,7 +124,14 @@ class Judge:
     def _batches(
         self, images: ImageSet, limit: int, size: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        return evaluation_batches(images, size or self.size, BATCH, limit=limit, workers=self.workers)
+        return evaluation_batches(
+            images,
+            size or self.size,
+            BATCH,
+            limit=limit,
+            workers=self.workers,
+            worker_timeout_s=self.worker_timeout_s,
+        )
 
     def _judge(
         self,

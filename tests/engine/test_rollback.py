@@ -151,6 +151,7 @@ def test_killed_after_going_back_it_ends_the_same(
     assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
 
 
+@pytest.mark.slow_fault
 def test_two_ranks_under_zero_go_back_together(
     healed: "tuple[Trainer, str]", settings: tuple[str, ...], train: "Trainer"
 ) -> None:

@@ -82,6 +82,12 @@ def uninterrupted(
     return make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.fault)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The process that prints: those that only test send it their reports.
     if not hasattr(config, "workerinput"):

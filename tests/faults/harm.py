@@ -3,7 +3,6 @@
 python harm.py HARM VALUE train.py [arguments …]
 
 nan_gradient RANK:STEP,STEP…   on that rank the gradients of these steps, from 0, are not numbers
-patience SECONDS               how long the loader waits for a batch
 """
 
 import os
@@ -56,16 +55,9 @@ def rate(value: str) -> None:
     learner.Learner.step = harmed  # type: ignore[method-assign]
 
 
-def patience(value: str) -> None:
-    from fastjepa.data.loader import make_loader
-
-    assert make_loader.__kwdefaults__ is not None
-    make_loader.__kwdefaults__["worker_timeout_s"] = float(value)
-
-
 if __name__ == "__main__":
     _, name, value, *sys.argv = sys.argv
-    {"nan_gradient": nan_gradient, "rate": rate, "patience": patience}[name](value)
+    {"nan_gradient": nan_gradient, "rate": rate}[name](value)
     script = sys.argv[0]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")

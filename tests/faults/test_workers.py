@@ -44,8 +44,7 @@ def test_a_worker_that_hangs(watched: Watched, table: Callable[[str, str], Row])
     file.unlink()
     os.mkfifo(file)
     process = watched.start(
-        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2",
-        launcher=("python", str(HARM), "patience", "5"),
+        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2", "speed.worker_timeout_s=5"
     )  # fmt: skip
     watched.wait_for(process, lambda: len(children(process.pid)) >= 2)
     below = descendants(process.pid)

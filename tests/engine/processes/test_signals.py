@@ -99,6 +99,7 @@ def test_a_dead_rank_is_named_and_ends_the_others(train: "Trainer") -> None:
     assert f"process {ranks[1]}) has ended without a word" in ended.errors[0]
 
 
+@pytest.mark.slow_fault
 def test_a_stopped_rank_is_named_and_ends_once_it_goes_on(train: "Trainer") -> None:
     """Without a launcher nobody else ends it. Until then neither rank was reachable from another host."""
     ranks = start_two(train, LONG, "speed.workers=1", "run.dead_after_s=8")

@@ -64,6 +64,7 @@ def start(train: "Trainer", *overrides: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow_fault
 def test_a_job_out_of_time_saves_and_goes_back_into_the_queue_until_it_is_done(train: "Trainer") -> None:
     requeued = train.home / "requeued"
     process = start(train, "optim.steps=120", "speed.workers=1")
