@@ -207,7 +207,8 @@ def run_worker(cases: list[Case], out: Path) -> None:
             save_file(tensors, out / f"{case.name}.safetensors")
             report = {"losses": losses, "shadow_error": worst}
             (out / f"{case.name}.json").write_text(json.dumps(report))
-        if case.precision == "bf16" and case.accumulation == 1 and case.stage < 3:
+        # Known: with offload DeepSpeed skips the step after a skipped one as well.
+        if case.precision == "bf16" and case.accumulation == 1 and case.stage < 3 and not case.offload:
             check_skipped_step(learner, world, loader_of(config, world.rank, world.size), schedule.at(0))
     leave_world()
 
