@@ -39,7 +39,7 @@ test: $(DEV) ## Run the tests, one process per core
 
 # The quick ones run in `make test` too.
 faults: $(DEV) ## Do to runs whatever they must survive, and write build/faults.md; on two cores in 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/engine -m "fault or slow_fault" -n $(JOBS) --dist worksteal -p no:benchmark $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/engine -m "fault or slow_fault" -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
 test-gpu: $(DEV) ## Run the tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu -p no:benchmark $(ARGS)
