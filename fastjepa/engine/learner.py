@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -111,6 +111,7 @@ class Learner:
                 self.target.update(rates.momentum)
                 self._refresh_fp8()
         else:  # then the target must stand still too
+            _forget_sums(self.engine)
             self._told = Told(self._told.updates, self._told.skipped_in_a_row + 1)
         return torch.stack(losses).mean(), out
 
@@ -234,6 +235,17 @@ class Learner:
             assert target is not None, "a JEPA learner needs the weights of its target encoder"
             self.target.load(target)
             self._refresh_fp8()
+
+
+def _forget_sums(engine: ZeroEngine) -> None:
+    """Let go of the gradients of a step that was skipped.
+
+    DeepSpeed 0.19.8 does so itself but with offload in bf16, where it would add those of all later steps to
+    sums that are not finite, and skip for ever.
+    """
+    sums: dict[int, Any] = getattr(engine.optimizer, "averaged_gradients", {})
+    for group in sums:
+        sums[group] = None
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,6 @@ The worker processes run this file as a script: real gloo ranks under real DeepS
 """
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,6 +20,7 @@ from fastjepa.engine.build import build_masks, build_model
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.schedules import Rates
+from tests.ranks import run_ranks
 
 RATES = Rates(lr=1e-3, weight_decay=0.05, momentum=0.9)
 
@@ -48,6 +45,7 @@ CASES = [
     *(Case(stage, "fp32", accumulation=2, clip=0.1) for stage in (0, 2, 3)),
     *(Case(stage, "bf16", accumulation=2) for stage in (1, 3)),
     Case(2, "fp32", accumulation=2, offload=True),
+    Case(2, "bf16", offload=True),
     Case(0, "fp32", objective="mae"),
 ]
 
@@ -142,29 +140,8 @@ def run_worker() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_moves_on_any_rank(ranks: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output
-            assert all(case.name in output for case in EVERY_ENGINE)
-    finally:
-        for process in processes:
-            process.kill()
+    for output in run_ranks(ranks, __file__, timeout_s=300):
+        assert all(case.name in output for case in EVERY_ENGINE)
 
 
 if __name__ == "__main__":
