@@ -5,9 +5,6 @@ The worker processes run this file as a script: real gloo ranks under real DeepS
 
 import gc
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +31,7 @@ from fastjepa.engine.schedules import Rates
 from fastjepa.models import ViTShape
 from fastjepa.models.flops import Narrow
 from fastjepa_kernels import block
+from tests.ranks import run_ranks
 
 IMAGES, PIXELS = 4, 160  # of a rank's step, and on a side
 WIDTH = 192
@@ -199,25 +197,7 @@ def run_worker(ranks: int, out: Path) -> None:
 def held(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Held]:
     out = tmp_path_factory.mktemp("held")
     for ranks in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(ranks), str(out)],
-                env=os.environ
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-                | {"PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("", "kernels"))},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output
+        run_ranks(ranks, __file__, str(ranks), str(out), timeout_s=400)
 
     def of(case: Case) -> Held:
         content = json.loads((out / f"{case.name}.json").read_text())
@@ -226,7 +206,6 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Held]:
     return of
 
 
-ROOT = Path(__file__).resolve().parents[2]
 STATE_WITHIN, WITHIN = 0.01, 0.05  # of what is held; positions and layouts are in no formula
 
 

@@ -5,7 +5,6 @@ To `deepspeed` on one node it is of no use, and the test says what happens inste
 
 import os
 import signal
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results, torchrun
 from tests.faults.processes import assert_gone, children, descendants, is_alive, needs_proc, ranks_below
 from tests.faults.table import Row
+from tests.ranks import free_port
 
 pytestmark = needs_proc
 
@@ -84,19 +84,13 @@ def test_sigterm_to_torchrun(
     row.hold_against(watched, uninterrupted(*RUN, launcher=TWO))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.slow_fault
 def test_sigterm_to_deepspeed(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
     to_runner = table("SIGTERM to `deepspeed` on one node", "it alone ends; its ranks train on")
     to_launch = table("SIGTERM to deepspeed's launch.py", "it hands it on; all save the same step and end")
-    deepspeed = ("deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--no_local_rank")
+    deepspeed = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank")
     process = watched.start(*RUN, launcher=deepspeed)
     watched.wait_for_step(process, 10)
     ranks, (launch,) = ranks_below(process.pid), children(process.pid)

@@ -5,8 +5,6 @@ The worker processes run this file as a script.
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ from fastjepa.engine.checkpoints.write import CheckpointWriter, write_checkpoint
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
 from fastjepa.engine.processes.world import join_world, leave_world
+from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -123,24 +122,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("saved")
     write_checkpoint(out, 1, state_of(Position(1, 0, 0.0, 0, 0), {}, {}), some_state(config_of(0)))
     for ranks in (1, 2, 3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(out)],
-                env=os.environ
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output
+        run_ranks(ranks, __file__, str(out), timeout_s=400)
     return out
 
 

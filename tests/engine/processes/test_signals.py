@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastjepa.engine.processes.stopping import Call, StopRequest
-from tests.engine.processes.test_world import free_port, listening
+from tests.engine.processes.test_world import listening
+from tests.ranks import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

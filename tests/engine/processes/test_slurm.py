@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.engine.processes.test_signals import assert_gone, ranks_below
-from tests.engine.processes.test_world import free_port
+from tests.ranks import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer

@@ -17,7 +17,7 @@ from fastjepa.engine.processes.launchers import Placement
 from fastjepa.engine.processes.rendezvous import Member, meet
 from fastjepa.engine.processes.verdicts import LONGER, Peer, silent, stuck
 from fastjepa.engine.processes.watch import Guest, Host, Watch
-from tests.engine.processes.test_world import free_port
+from tests.ranks import free_port
 
 DEAD_AFTER_S, HANG_AFTER_S = 4.0, 6.0
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastjepa.config import ConfigError
 from fastjepa.engine.processes.launchers import Placement, expand_hosts, find_placement
 from fastjepa.engine.processes.rendezvous import interface_of, meet, own_address
+from tests.ranks import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -38,12 +39,6 @@ TORCHRUN = {
     "TORCHELASTIC_RESTART_COUNT": "2",
 }
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
