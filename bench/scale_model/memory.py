@@ -161,11 +161,9 @@ def kept_whole(numel: int, split: Split) -> int:
 def gathered(numel: int, split: Split) -> int:
     """Elements of the student that are whole when the backward pass begins; one rank gathers nothing.
 
-    Another bucket comes ahead of its use, up to stage3_max_live_parameters, which are two buckets.
+    What comes ahead of its use fills stage3_max_live_parameters, which are two buckets, whatever is kept.
     """
-    kept = kept_whole(numel, split)
-    ahead = min(kept + split.bucket, 2 * split.bucket)
-    return min(numel, max(kept, ahead)) if split.ranks > 1 else 0
+    return min(numel, max(kept_whole(numel, split), 2 * split.bucket)) if split.ranks > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fastjepa.engine.checkpoints.checkpoint import (
     step_of,
     verify_checkpoint,
 )
+from fastjepa.engine.checkpoints.keep import set_aside
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.run import Run
 from fastjepa.engine.spikes import IN_A_ROW, Spike, may_roll_back
@@ -110,7 +111,4 @@ def _discard_after(run: Run, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Under another name first: a kill half-way leaves nothing that looks like a damaged checkpoint.
-    going = path.with_suffix(".tmp")
-    path.rename(going)
-    shutil.rmtree(going, ignore_errors=True)
+    shutil.rmtree(set_aside(path), ignore_errors=True)

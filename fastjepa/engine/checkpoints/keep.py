@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,11 @@ def superfluous(directory: Path, newest_good: int, keep: Keep) -> list[Path]:
 def prune(directory: Path, newest_good: int, keep: Keep) -> None:
     """Delete what `superfluous` finds; what cannot be deleted stays."""
     for path in superfluous(directory, newest_good, keep):
-        # Under another name first: a kill half-way leaves nothing that looks like a damaged checkpoint.
-        going = path.with_suffix(".tmp")
-        try:
-            path.rename(going)
-        except OSError:
-            continue
-        shutil.rmtree(going, ignore_errors=True)
+        with suppress(OSError):
+            shutil.rmtree(set_aside(path), ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give what is about to be deleted another name: a kill half-way leaves no damaged checkpoint."""
+    going = path.with_suffix(".tmp")
+    return going if going == path else path.rename(going)

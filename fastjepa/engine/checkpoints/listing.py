@@ -18,7 +18,7 @@ from fastjepa.engine.checkpoints.checkpoint import (
     read_state,
     step_of,
 )
-from fastjepa.engine.checkpoints.keep import Keep, superfluous
+from fastjepa.engine.checkpoints.keep import Keep, set_aside, superfluous
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 
@@ -162,7 +162,7 @@ def carry_out(directory: Path, pruning: Pruning, *, dry_run: bool = False) -> Pr
                 notes.append(f"{path} stays: a run is training in {directory.parent}")
                 continue
             if not dry_run:
-                shutil.rmtree(path)
+                shutil.rmtree(set_aside(path))
             gone.append(path)
     return Pruning(gone, notes)
 
