@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,7 +44,7 @@ class Witness:
     """Follows one run through all the processes it takes.
 
     Attributes:
-        folder: holds a folder for each start of the run, and in it a file for each rank.
+        folder: holds a folder for each start of the run, in it a file for each rank, and gates beside them.
     """
 
     folder: Path
@@ -72,6 +73,10 @@ class Witness:
                 for step, images in steps.items():
                     kept.setdefault(step, []).extend(images)
         return kept
+
+    def gate(self, step: int) -> Path:
+        """While this file is there, every rank stands before that step, once it has noted it."""
+        return self.folder / f"gate_{step}"
 
     def _start(self, number: int) -> Path:
         return self.folder / f"start_{number:03d}"
@@ -105,7 +110,13 @@ class Watched:
     def checkpoints(self) -> Path:
         return self.trainer.run / "checkpoints"
 
-    def start(self, *overrides: str, launcher: Sequence[str] = (), **popen: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *overrides: str, launcher: Sequence[str] = (), gates: Sequence[int] = (), **popen: Any
+    ) -> subprocess.Popen[str]:
+        """Start it; it will stand before each of the steps in `gates` until `standing_at` lets it through."""
+        self.witness.folder.mkdir(exist_ok=True)
+        for step in gates:
+            self.witness.gate(step).touch()
         return self.trainer.start(*overrides, launcher=self.witness.launcher(*launcher), **popen)
 
     def __call__(self, *overrides: str, launcher: Sequence[str] = ()) -> "Finished":
@@ -125,10 +136,18 @@ class Watched:
             time.sleep(0.002)
         return True
 
-    def wait_for_step(self, process: subprocess.Popen[str], step: int) -> None:
-        """Until a rank has begun that step, from 0, since the last start."""
+    @contextmanager
+    def standing_at(self, process: subprocess.Popen[str], step: int) -> Iterator[None]:
+        """Wait until a rank stands before that step, from 0, one of the gates; let all go on afterwards.
+
+        However slow the machine is that tests, the run is then where the test wants it.
+        """
+        gate = self.witness.gate(step)
+        assert gate.exists(), "start() was not told of it"
         there = self.wait_for(process, lambda: self.witness.newest_step() >= step)
         assert there, f"it ended before step {step}: {process.communicate()}"
+        yield
+        gate.unlink()
 
 
 def images_lost(witness: Witness, reference: Witness) -> int:

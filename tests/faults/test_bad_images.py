@@ -62,9 +62,10 @@ def test_one_per_cent(watched: Watched, table: Callable[[str, str], Row]) -> Non
     Image.open(files[23]).convert("RGBA").save(files[23])
     row.times, odd.times = 3, 4
 
-    process = watched.start(*RUN, f"data.root={folder}", "speed.workers=2")
-    watched.wait_for_step(process, STEPS // 2 - 3)
-    process.kill()
+    middle = STEPS // 2 - 3
+    process = watched.start(*RUN, f"data.root={folder}", "speed.workers=2", gates=[middle])
+    with watched.standing_at(process, middle):
+        process.kill()
     said = watched.finish(process).out
     done = watched(*RUN, f"data.root={folder}", "speed.workers=2").check()
     for path in (corrupt, empty, huge):

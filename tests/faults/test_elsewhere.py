@@ -26,12 +26,12 @@ def go_through(watched: Watched, run: Sequence[str], parts: Sequence[tuple[int, 
     """Run it in parts of (ranks, settings), stopped by SIGTERM near STOPS."""
     for number, (ranks, settings) in enumerate(parts):
         launcher = torchrun(ranks) if ranks > 1 else ()
-        process = watched.start(*run, *settings, launcher=launcher)
         if number == len(parts) - 1:
-            ended = watched.finish(process).check()
+            ended = watched(*run, *settings, launcher=launcher).check()
         else:
-            watched.wait_for_step(process, STOPS[number])
-            process.send_signal(signal.SIGTERM)  # torchrun hands it to its ranks, and then fails of it itself
+            process = watched.start(*run, *settings, launcher=launcher, gates=[STOPS[number]])
+            with watched.standing_at(process, STOPS[number]):
+                process.send_signal(signal.SIGTERM)  # torchrun hands it on, and then fails of it itself
             ended = watched.finish(process)
             assert STOPS[number] <= watched.step < STEPS, ended
         if number:

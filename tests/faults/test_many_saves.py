@@ -26,13 +26,15 @@ def resident_kib(pid: int) -> int:
 @pytest.mark.slow_fault
 def test_a_thousand_saves(watched: Watched, table: Callable[[str, str], Row]) -> None:
     row = table("a thousand saves", "no growth in memory or open files")
-    process = watched.start(f"optim.steps={STEPS + 50}", "run.save_every=1", "run.log_every=50")
+    steps = (STEPS // 5, STEPS)
+    settings = (f"optim.steps={STEPS + 50}", "run.save_every=1", "run.log_every=50")
+    process = watched.start(*settings, gates=steps)
     measured: dict[int, tuple[int, int]] = {}
-    for step in (STEPS // 5, STEPS):
-        # Where nothing is on its way, neither a batch nor a checkpoint.
-        watched.wait_for_step(process, step)
-        fewest = min(len(os.listdir(f"/proc/{process.pid}/fd")) for _ in range(20))
-        measured[step] = resident_kib(process.pid), fewest
+    for step in steps:
+        with watched.standing_at(process, step):
+            # Where nothing is on its way, neither a batch nor a checkpoint.
+            fewest = min(len(os.listdir(f"/proc/{process.pid}/fd")) for _ in range(20))
+            measured[step] = resident_kib(process.pid), fewest
     watched.finish(process).check()
     row.times = watched.step
     (memory, files), (memory_after, files_after) = measured.values()

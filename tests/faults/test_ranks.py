@@ -33,11 +33,13 @@ def test_a_lost_rank(
 ) -> None:
     row = table(fault, "the others end at once or after run.dead_after_s, naming it; no orphans")
     for rank in (1, 0):
-        process = watched.start(*RUN, "speed.workers=1", "run.dead_after_s=10", launcher=TWO)
-        watched.wait_for_step(process, 25 if rank else 70)
-        below = descendants(process.pid)
-        lost = ranks_below(process.pid)[rank]
-        os.kill(lost, number)
+        step = 25 if rank else 70
+        settings = ("speed.workers=1", "run.dead_after_s=10")
+        process = watched.start(*RUN, *settings, launcher=TWO, gates=[step])
+        with watched.standing_at(process, step):
+            below = descendants(process.pid)
+            lost = ranks_below(process.pid)[rank]
+            os.kill(lost, number)
         row.times += 1
         ended = watched.finish(process)
         assert ended.code != 0

@@ -35,9 +35,10 @@ def test_one_process_is_told_to_stop(
         (signal.SIGINT, 130, table("Ctrl-C", "saves, and ends with status 130"), ("speed.workers=2",)),
     )
     for number, status, row, overrides in signals:
-        process = watched.start(*RUN, *overrides)
-        watched.wait_for_step(process, 33 if number == signal.SIGTERM else 71)
-        process.send_signal(number)
+        step = 33 if number == signal.SIGTERM else 71
+        process = watched.start(*RUN, *overrides, gates=[step])
+        with watched.standing_at(process, step):
+            process.send_signal(number)
         row.times += 1
         assert_saved_together(watched, watched.finish(process).check(status).out)
     stopped_at = watched.step
@@ -53,16 +54,15 @@ def test_sigterm_to_one_rank(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
     row = table("SIGTERM to one rank of two", "both save the same step and end with status 0")
-    process = watched.start(*RUN, launcher=TWO)
     for step, rank in ((20, 1), (60, 0)):
-        watched.wait_for_step(process, step)
-        below = descendants(process.pid)
-        os.kill(ranks_below(process.pid)[rank], signal.SIGTERM)
+        process = watched.start(*RUN, launcher=TWO, gates=[step])
+        with watched.standing_at(process, step):
+            below = descendants(process.pid)
+            os.kill(ranks_below(process.pid)[rank], signal.SIGTERM)
         row.times += 1
         assert_saved_together(watched, watched.finish(process).check().out)
         assert_gone(below)
-        process = watched.start(*RUN, launcher=TWO)
-    watched.finish(process).check()
+    watched(*RUN, launcher=TWO).check()
     row.hold_against(watched, uninterrupted(*RUN, launcher=TWO))
 
 
@@ -71,10 +71,10 @@ def test_sigterm_to_torchrun(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
     row = table("SIGTERM to torchrun", "it hands it on; all save the same step; torchrun itself fails of it")
-    process = watched.start(*RUN, launcher=TWO)
-    watched.wait_for_step(process, 40)
-    below = descendants(process.pid)
-    process.send_signal(signal.SIGTERM)
+    process = watched.start(*RUN, launcher=TWO, gates=[40])
+    with watched.standing_at(process, 40):
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
     row.times += 1
     ended = watched.finish(process)
     assert ended.code != 0
@@ -91,22 +91,17 @@ def test_sigterm_to_deepspeed(
     to_runner = table("SIGTERM to `deepspeed` on one node", "it alone ends; its ranks train on")
     to_launch = table("SIGTERM to deepspeed's launch.py", "it hands it on; all save the same step and end")
     deepspeed = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank")
-    process = watched.start(*RUN, launcher=deepspeed)
-    watched.wait_for_step(process, 10)
-    ranks, (launch,) = ranks_below(process.pid), children(process.pid)
-    below = descendants(process.pid)
-    assert len(ranks) == 2
-    # The ranks stand still, or they might be done before they are looked at.
-    for rank in ranks:
-        os.kill(rank, signal.SIGSTOP)
-    process.terminate()
-    process.wait()
-    to_runner.times += 1
-    assert [pid for pid in (launch, *ranks) if not is_alive(pid)] == []
-    os.kill(launch, signal.SIGTERM)
-    for rank in ranks:
-        os.kill(rank, signal.SIGCONT)
-    to_launch.times += 1
+    process = watched.start(*RUN, launcher=deepspeed, gates=[10])
+    with watched.standing_at(process, 10):
+        ranks, (launch,) = ranks_below(process.pid), children(process.pid)
+        below = descendants(process.pid)
+        assert len(ranks) == 2
+        process.terminate()
+        process.wait()
+        to_runner.times += 1
+        assert [pid for pid in (launch, *ranks) if not is_alive(pid)] == []
+        os.kill(launch, signal.SIGTERM)
+        to_launch.times += 1
     said = watched.finish(process)
     assert_gone(below)
     assert_saved_together(watched, said.out)

@@ -103,15 +103,14 @@ def test_a_node_that_is_cut_off(
         "the network between two nodes is cut", "all ranks end in seconds, naming one of the other side"
     )
     settings = (*RUN, f"run.dead_after_s={DEAD_AFTER_S}")
-    process = watched.start(*settings, launcher=nodes.launcher)
-    watched.wait_for_step(process, 40)
-    everything, ranks = descendants(process.pid), ranks_below(process.pid)
-    assert len(ranks) == 4
-    # In the kernel's hexadecimal: nothing listens on all interfaces.
-    assert listening(nodes.names[0]) == {"0100530A"}
-    assert listening(nodes.names[1]) == {"0200530A"}
-
-    nodes.plug(is_in=False)
+    process = watched.start(*settings, launcher=nodes.launcher, gates=[40])
+    with watched.standing_at(process, 40):
+        everything, ranks = descendants(process.pid), ranks_below(process.pid)
+        assert len(ranks) == 4
+        # In the kernel's hexadecimal: nothing listens on all interfaces.
+        assert listening(nodes.names[0]) == {"0100530A"}
+        assert listening(nodes.names[1]) == {"0200530A"}
+        nodes.plug(is_in=False)
     row.times += 1
     began_s = time.monotonic()
     ended = watched.trainer.finish(process)
@@ -122,7 +121,8 @@ def test_a_node_that_is_cut_off(
     # Rank 0 judges the others, and they judge rank 0, each for its own side.
     first, second = nodes.names
     named = sorted(line.split(",")[0].removeprefix("error: ") for line in ended.errors)
-    assert named == [f"rank 0 ({first}"] * 2 + [f"rank 2 ({second}"] * 2
+    assert named[:2] == [f"rank 0 ({first}"] * 2
+    assert named[2:] in ([f"rank {rank} ({second}"] * 2 for rank in (2, 3)), "both were silent as long"
     assert all(f"not been heard from for {DEAD_AFTER_S} s" in line for line in ended.errors)
 
     nodes.plug(is_in=True)

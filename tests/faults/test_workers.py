@@ -23,13 +23,13 @@ def test_sigterm_to_a_worker(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
     row = table("SIGTERM to a loader worker", "ignored: the trainer decides when to stop")
-    process = watched.start(*RUN, "speed.workers=2")
-    watched.wait_for_step(process, 3)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGTERM)
-        row.times += 1
+    process = watched.start(*RUN, "speed.workers=2", gates=[3])
+    with watched.standing_at(process, 3):
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+            row.times += 1
     watched.finish(process).check()
     assert watched.step == STEPS
     assert_gone(workers)

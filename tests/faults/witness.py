@@ -5,12 +5,15 @@
 Each process writes a file of its own into FOLDER, a line for each step: what was trained on is known from
 outside, and from what the optimizer got, not from what the order of images should have been. A line is one
 write, and is there before the step begins, so whatever a checkpoint holds has been noted, even after SIGKILL.
+
+Beside FOLDER lie gates: a process stands before step N as long as there is a file `gate_N`.
 """
 
 import json
 import os
 import runpy
 import sys
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +33,9 @@ def watch(folder: Path) -> None:
         micro_batches = list(micro_batches)
         line = {"step": micro_batches[0].step, "seen": [seen(batch) for batch in micro_batches]}
         os.write(notes, json.dumps(line).encode() + b"\n")
+        gate = folder.parent / f"gate_{line['step']}"
+        while gate.exists():
+            time.sleep(0.002)
         return step(self, micro_batches, rates)
 
     learner.Learner.step = noted  # type: ignore[method-assign]
