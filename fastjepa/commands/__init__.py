@@ -1,0 +1,5 @@
+"""What `fastjepa` can be asked for, a file for each command.
+
+Each has `add_to(commands)`, which describes it, and `run(options)`, whose result is the exit status. They
+import what needs an extra when they run, so that `fastjepa --help` and `train` need none of the others'.
+"""

@@ -1,0 +1,83 @@
+"""`fastjepa checkpoint ls|verify|prune`: look after the checkpoints of a run."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from fastjepa.commands.refusal import count, refuse
+
+ACTIONS = (
+    ("ls", "what there is, and why it is kept"),
+    ("verify", "read every byte and compare it with the manifests; exit 1 if any is damaged"),
+    ("prune", "delete what need not be kept, and what killed runs left half written"),
+)
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("checkpoint", help="list, verify or prune checkpoints")
+    parser.set_defaults(do=run)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    for name, what in ACTIONS:
+        action = actions.add_parser(name, help=what, description=what)
+        action.add_argument(
+            "source", type=Path, metavar="RUN_OR_DIR", help="the folder of a run, or its checkpoints"
+        )
+        if name == "prune":
+            action.add_argument("--keep-last", type=count, required=True, metavar="K", help="of the newest")
+            action.add_argument("--keep-every", type=count, metavar="N", help="those of steps that N divides")
+            action.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def run(options: argparse.Namespace) -> int:
+    from fastjepa.engine.checkpoints.checkpoint import CheckpointError
+    from fastjepa.engine.checkpoints.listing import checkpoints_of
+
+    try:
+        directory = checkpoints_of(options.source)
+        if options.action == "ls":
+            return _list(directory)
+        if options.action == "verify":
+            is_one = options.source.name.startswith("step_") and options.source.is_dir()
+            return _verify([options.source] if is_one else directory)
+        return _prune(directory, options.keep_last, options.keep_every, dry_run=options.dry_run)
+    except (CheckpointError, OSError) as error:
+        return refuse(error)
+
+
+def _list(directory: Path) -> int:
+    from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
+    from fastjepa.engine.checkpoints.listing import describe, table
+
+    print("\n".join(table([describe(path) for path in list_checkpoints(directory)], time.time())))
+    for path in sorted(directory.glob("step_*.tmp")):
+        print(f"{path} is being written, or was when its run was killed")
+    return 0
+
+
+def _verify(which: Path | list[Path]) -> int:
+    from fastjepa.engine.checkpoints.checkpoint import damage_of, list_checkpoints
+
+    paths = which if isinstance(which, list) else list_checkpoints(which)
+    damaged = 0
+    for path in paths:
+        lines = damage_of(path)
+        damaged += bool(lines)
+        print("\n".join(lines) if lines else f"{path} is good", flush=True)
+    if damaged:
+        return refuse(f"{damaged} of {len(paths)} checkpoints are damaged")
+    return 0
+
+
+def _prune(directory: Path, last: int, every: int | None, *, dry_run: bool) -> int:
+    from fastjepa.engine.checkpoints.keep import Keep
+    from fastjepa.engine.checkpoints.listing import carry_out, plan_pruning
+
+    done = carry_out(directory, plan_pruning(directory, Keep(last, every)), dry_run=dry_run)
+    for note in done.notes:
+        print(f"note: {note}")
+    for path in done.go:
+        print(f"{'would delete' if dry_run else 'deleted'} {path}")
+    if not done.go:
+        print("nothing to delete")
+    return 0
