@@ -16,7 +16,7 @@ from contextlib import closing
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.unreadable import TooManyUnreadable
-from fastjepa.data.workers import WorkersDied
+from fastjepa.data.workers import NotWanted, WorkersDied
 from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
 from fastjepa.engine.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
@@ -27,7 +27,14 @@ from fastjepa.engine.learner import Learner, how_it_runs, start_learner
 from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.processes.activity import Doing
 from fastjepa.engine.processes.shared import check_shared
-from fastjepa.engine.processes.stopping import Call, NonFinite, PeerFailed, StopRequest, mark_stopped
+from fastjepa.engine.processes.stopping import (
+    Call,
+    NonFinite,
+    PeerFailed,
+    StoppedEarly,
+    StopRequest,
+    mark_stopped,
+)
 from fastjepa.engine.processes.world import World, joined
 from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
@@ -56,18 +63,24 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         if options.print_config:
             print(config.to_yaml(), end="")
             return 0
+        stop = StopRequest()
         with joined(config.speed.device, config.run) as world:
-            return pretrain(config, world)
+            stop.remember(launched=world.size > 1)
+            return pretrain(config, world, stop)
     except TOLD as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StoppedEarly:
+        print("Stopped before it began; the same command starts it.")
+        mark_stopped(folder_of(config).path, "Stopped before it began")
+        return 0
     except KeyboardInterrupt:  # while starting, or the second one
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would hide the exit status
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
-def pretrain(config: Config, world: World) -> int:
+def pretrain(config: Config, world: World, stop: StopRequest) -> int:
     """One run, or the rest of one; the exit status."""
     # Whatever does not fit together is refused here, before anything is written.
     images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
@@ -82,26 +95,26 @@ def pretrain(config: Config, world: World) -> int:
     check_shared(world, folder.path)
     if world.is_main:
         mark_stopped(folder.path, None)
-    stop = StopRequest(launched=world.size > 1)
 
     with RunConsole(world.is_main, title=config.run.name) as console, preferred_kernels(config):
-        run = Run(config, world, folder, console, images, masks, augmentation, order, schedule)
+        run = Run(config, world, folder, console, images, masks, augmentation, order, schedule, stop)
         run.judge_baselines(model)
         learner = start_learner(model, config, world)
         console.say(how_it_runs(learner, config, world))
         run.resume(learner)
         with run:  # leaves no checkpoint half written
-            fit(run, learner, stop)
-        if run.position.step < schedule.steps:
-            assert stop.signal is not None or world.size > 1
-            where = f"Stopped at step {run.position.step} of {schedule.steps}"
+            fit(run, learner)
+        is_trained = run.position.step == schedule.steps
+        if not is_trained or not run.conclude(learner):
+            assert stop.is_made() or world.size > 1
+            before = "before it was judged, " if is_trained else ""
+            where = f"Stopped {before}at step {run.position.step} of {schedule.steps}"
             console.say(f"{where}; the same command resumes.")
             if stop.signal == signal.SIGINT:
                 return INTERRUPTED
             if world.is_main:
                 mark_stopped(folder.path, where)
             return 0
-        run.conclude(learner)
         if world.is_main:
             from fastjepa.report import write_report  # loads matplotlib, which no other rank or start needs
 
@@ -112,7 +125,7 @@ def pretrain(config: Config, world: World) -> int:
     return 0
 
 
-def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
+def fit(run: Run, learner: Learner) -> None:
     """Train from the run's position to its last step, a signal or a failing drive; leave a checkpoint."""
     run.judge_if_due(learner)  # a run may have been killed between saving and judging
     run.clock.lap()
@@ -120,7 +133,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
     failure: Exception | None = None
     while call == Call.GO_ON and run.position.step < run.schedule.steps:
         with closing(batches_of(run)) as batches:
-            call, failure = train_on(run, learner, stop, batches)
+            call, failure = train_on(run, learner, batches)
     run.hear_last(learner)
     with run.world.activity.during(Doing.SAVING):
         is_saved = run.save_last(learner)
@@ -131,7 +144,7 @@ def fit(run: Run, learner: Learner, stop: StopRequest) -> None:
 
 
 def train_on(
-    run: Run, learner: Learner, stop: StopRequest, batches: Generator[Batch, None, None]
+    run: Run, learner: Learner, batches: Generator[Batch, None, None]
 ) -> tuple[int, Exception | None]:
     """To the last step, or to where it cannot go on, or until it has gone back, from where other data follow.
 
@@ -144,7 +157,7 @@ def train_on(
         world.activity.begin(Doing.COMPUTING, step, run.saved_step)
         with run.clock.waiting(), world.activity.during(Doing.LOADING):
             micro_batches, failure = fetch(steps)
-        call = world.worst(stop.call if failure is None else Call.GIVE_UP)
+        call = world.worst(run.stop.call if failure is None else Call.GIVE_UP)
         if call != Call.GO_ON:
             return call, failure
 
@@ -185,6 +198,7 @@ def batches_of(run: Run) -> Generator[Batch, None, None]:
         last_step=run.schedule.steps + position.passed_over,
         workers=config.speed.workers,
         worker_timeout_s=config.speed.worker_timeout_s,
+        should_stop=run.stop.is_made,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -193,6 +207,8 @@ def fetch(steps: Iterator[list[Batch]]) -> tuple[list[Batch], Exception | None]:
     """The micro-batches of a step, or why there are none: the other ranks must hear of it first."""
     try:
         return next(steps), None
+    except NotWanted:
+        return [], None
     except Exception as error:  # whatever it is; raised again once all ranks have saved
         return [], error
 

@@ -1,6 +1,6 @@
 """Labelled images for evaluation: no chance in them, and no image in the place of another."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastjepa.data.unreadable import UnreadableCounter
 from fastjepa.data.views import ImageSet, Views, read_views
-from fastjepa.data.workers import in_order
+from fastjepa.data.workers import NotWanted, in_order
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def evaluation_batches(
     limit: int | None = None,
     workers: int = 0,
     worker_timeout_s: float = 300,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The central square of every image, once, in the order of the set, with its label.
 
@@ -44,6 +45,7 @@ def evaluation_batches(
             of every class.
         workers: processes that read; 0 reads here.
         worker_timeout_s: how long to wait for a batch before a worker is taken to hang.
+        should_stop: asked at every batch, and once a second while a worker's is waited for.
 
     Returns:
         An iterator over pairs of uint8 [B, C, size, size] and int64 [B].
@@ -51,6 +53,7 @@ def evaluation_batches(
     Raises:
         ValueError: the set has no labels.
         TooManyUnreadable: while reading, more than 5 % of the images cannot be read.
+        NotWanted: while reading, `should_stop` said so.
         TimeoutError: while reading, a worker hangs.
     """
     labels = images.labels
@@ -64,12 +67,15 @@ def evaluation_batches(
         workers=workers,
         describe=images.path,
         timeout_s=worker_timeout_s,
+        should_stop=should_stop,
     )
 
     def labelled() -> Generator[tuple[Tensor, Tensor], None, None]:
         counter = UnreadableCounter(len(images))
         with closing(batches):
             for views in batches:
+                if should_stop():
+                    raise NotWanted
                 counter.update(views.image_index, views.unreadable)
                 if len(views.image_index):
                     yield views.pixels, labels[views.image_index]

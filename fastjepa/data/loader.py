@@ -1,7 +1,7 @@
 """Batches: pixels of the images whose turn it is, and the masks that go with them."""
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -91,6 +91,7 @@ def make_loader(
     last_step: int | None = None,
     workers: int = 0,
     worker_timeout_s: float = 300,
+    should_stop: Callable[[], bool] = lambda: False,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
     """A rank's micro-batches, `accumulation` for each step, across epochs.
@@ -106,11 +107,13 @@ def make_loader(
         last_step: the step to stop before; None never stops.
         workers: processes that read; 0 reads here.
         worker_timeout_s: how long to wait for a batch before a worker is taken to hang.
+        should_stop: asked once a second while a worker's batch is waited for.
         pin_memory: hand out batches in pinned memory, for a GPU.
 
     Raises:
         ValueError: `order` is of another number of images, or its global batch does not divide.
         TooManyUnreadable: while reading, more than 5 % of the images tried cannot be read.
+        NotWanted: while reading, `should_stop` said so.
         TimeoutError: while reading, a worker hangs.
         WorkersDied: while reading, workers are killed again and again.
     """
@@ -134,6 +137,7 @@ def make_loader(
         workers=workers,
         describe=images.path,
         timeout_s=worker_timeout_s,
+        should_stop=should_stop,
         pin_memory=pin_memory,
     )
     return _watched(batches, UnreadableCounter(len(images)))

@@ -70,6 +70,10 @@ class WorkersDied(RuntimeError):
     """Workers were killed again and again; the message names them, what killed them and where they were."""
 
 
+class NotWanted(Exception):
+    """What was being read is not wanted any more: the run has been told to stop."""
+
+
 class _Died(Exception):
     """A worker did; the message names it."""
 
@@ -124,6 +128,7 @@ def in_order(
     workers: int,
     describe: Callable[[int], str],
     timeout_s: float,
+    should_stop: Callable[[], bool] = lambda: False,
     pin_memory: bool = False,
 ) -> Generator[Result, None, None]:
     """`work(item)` for each item, in the order of the items.
@@ -134,16 +139,18 @@ def in_order(
         workers: processes, each of one thread; 0 does the work here.
         describe: turns the last `note` of a worker that hangs into words.
         timeout_s: how long to wait for a result.
+        should_stop: asked once a second while a worker's result is waited for.
         pin_memory: hand out `result.pin_memory()`, made in a thread beside the main one.
 
     A worker that dies is replaced, the others with it: the same results follow, done again where they were
     lost, so that `work` must give the same for the same item.
 
     Raises:
+        NotWanted: `should_stop` said so.
         TimeoutError: no result in time; names the workers that hang, which are then killed.
         WorkersDied: workers died `MOST_DEATHS` times within `WITHIN_RESULTS` results.
     """
-    results = _in_order(work, items, workers, describe, timeout_s, pin_memory)
+    results = _in_order(work, items, workers, describe, timeout_s, should_stop, pin_memory)
     _open.add(results)
     return results
 
@@ -154,6 +161,7 @@ def _in_order(
     workers: int,
     describe: Callable[[int], str],
     timeout_s: float,
+    should_stop: Callable[[], bool],
     pin_memory: bool,
 ) -> Generator[Result, None, None]:
     if not workers:
@@ -184,7 +192,7 @@ def _in_order(
         try:
             while True:
                 try:
-                    result = _next(results, board, describe, timeout_s)
+                    result = _next(results, board, describe, timeout_s, should_stop)
                 except StopIteration:
                     return
                 due.popleft()
@@ -226,11 +234,17 @@ class _Deaths:
         _log.warning("%s; new workers go on with the same images (death %d)", who, len(self.when))
 
 
-def _next(results: Any, board: Tensor, describe: Callable[[int], str], timeout_s: float) -> Any:
+def _next(
+    results: Any,
+    board: Tensor,
+    describe: Callable[[int], str],
+    timeout_s: float,
+    should_stop: Callable[[], bool],
+) -> Any:
     """The next result; StopIteration after the last.
 
     Raises:
-        TimeoutError, _Died: instead of it.
+        NotWanted, TimeoutError, _Died: instead of it.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -247,6 +261,8 @@ def _next(results: Any, board: Tensor, describe: Callable[[int], str], timeout_s
                 raise _Died(who) from error
             if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader timed out")):
                 raise
+            if should_stop():
+                raise NotWanted from error
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(_who_hangs(board, describe, timeout_s)) from error
 

@@ -1,6 +1,6 @@
 """Judgement while training: kNN and a linear probe on held-out labels, beside honest baselines."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.data.views import ImageSet
+from fastjepa.data.workers import NotWanted
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.evaluation.collapse import between_image_std, rankme, token_std
@@ -44,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """Probes features with labelled images.
+    """Probes features with labelled images; raises NotWanted once it is told to stop.
 
     Attributes:
         bank: labelled images that a probe may learn from.
@@ -55,6 +56,7 @@ class Judge:
         worker_timeout_s: how long to wait for one of them.
         device: where encoders run.
         seed: of the split on which the linear probe's regularisation is chosen.
+        should_stop: whether the run has been told to.
     """
 
     bank: ImageSet
@@ -65,9 +67,12 @@ class Judge:
     worker_timeout_s: float
     device: torch.device
     seed: int
+    should_stop: Callable[[], bool]
 
     @classmethod
-    def of(cls, images: RunImages, config: Config, device: torch.device) -> "Judge | None":
+    def of(
+        cls, images: RunImages, config: Config, device: torch.device, should_stop: Callable[[], bool]
+    ) -> "Judge | None":
         """The judge of a run; None if it has no labelled images."""
         if images.bank is None or images.queries is None:
             return None
@@ -80,6 +85,7 @@ class Judge:
             config.speed.worker_timeout_s,
             device,
             config.run.seed,
+            should_stop,
         )
 
     def pixels(self) -> Verdict:
@@ -131,6 +137,7 @@ class Judge:
             limit=limit,
             workers=self.workers,
             worker_timeout_s=self.worker_timeout_s,
+            should_stop=self.should_stop,
         )
 
     def _judge(
@@ -145,9 +152,12 @@ class Judge:
         # Neighbours are sought among the features that the linear probe sees. Unstandardised, what all images
         # have in common drowns what tells them apart, for raw pixels (by 2 to 3 points) most of all.
         near, asked = standardise(bank[0], queries[0])
+        knn = knn_accuracy(near, bank[1], asked, queries[1], k=min(self.probe.neighbours, len(near)))
+        if self.should_stop():
+            raise NotWanted
         return Verdict(
             name,
-            knn_top1=knn_accuracy(near, bank[1], asked, queries[1], k=min(self.probe.neighbours, len(near))),
+            knn_top1=knn,
             linear_top1=linear_accuracy(*bank, *queries, seed=self.seed).accuracy,
             rankme=float(rankme(queries[0] - queries[0].mean(dim=0))),
             target_std=None if hidden is None else float(token_std(hidden)),

@@ -1,7 +1,7 @@
 """What a run says of its features: verdicts beside baselines, signs of collapse, the report's summary."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from fastjepa.config import Config
 from fastjepa.data.views import read_views
+from fastjepa.data.workers import NotWanted
 from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoints.checkpoint import Position
 from fastjepa.engine.console import RunConsole
@@ -31,7 +32,11 @@ SNAPSHOT_IMAGES = 8
 class Judgement:
     """Judges for one run, on rank 0, and writes what it finds.
 
+    A judgement that is broken off because the run has been told to stop leaves no trace, and is made when the
+    run goes on.
+
     Attributes:
+        should_stop: whether the run has been told to.
         summary: what report/summary.json holds.
         disk: knows what cannot be written.
     """
@@ -43,11 +48,12 @@ class Judgement:
     images: RunImages
     masks: MaskSampler
     metrics: MetricsFile
+    should_stop: Callable[[], bool]
     summary: dict[str, Any] = field(default_factory=dict)
     _watch: CollapseWatch = field(default_factory=CollapseWatch)
 
     def __post_init__(self) -> None:
-        self.judge = Judge.of(self.images, self.config, self.world.device)
+        self.judge = Judge.of(self.images, self.config, self.world.device, self.should_stop)
         self.disk = Disk(self.console)
 
     def baselines(self, model: JEPA | MAE, position: Position) -> None:
@@ -61,14 +67,11 @@ class Judgement:
         self.console.say(self.images.note)
         self.summary |= self._description(position)
         if self.judge is not None:
-            verdicts = [self.judge.pixels()]
-            if self.config.run.init_from is None and first_time:
-                verdicts.append(self.judge.encoder(UNTRAINED, start))
-            else:
-                untrained = build_model(self.config).encoder.to(self.world.device)
-                verdicts.append(self.judge.encoder(UNTRAINED, untrained))
-            if self.config.run.init_from is not None and first_time:
-                verdicts.append(self.judge.encoder("initial weights", start))
+            try:
+                verdicts = self._baselines(self.judge, start, first_time)
+            except NotWanted:
+                self.summary = {}
+                return
             for verdict in verdicts:
                 self.console.show_verdict(0, verdict)
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
@@ -76,6 +79,16 @@ class Judgement:
         if first_time:
             self._snapshot(start, position)
         self._write_summary()
+
+    def _baselines(self, judge: Judge, start: VisionTransformer, first_time: bool) -> list[Verdict]:
+        verdicts = [judge.pixels()]
+        is_given = self.config.run.init_from is not None
+        is_untrained = first_time and not is_given
+        untrained = start if is_untrained else build_model(self.config).encoder.to(self.world.device)
+        verdicts.append(judge.encoder(UNTRAINED, untrained))
+        if first_time and is_given:
+            verdicts.append(judge.encoder("initial weights", start))
+        return verdicts
 
     def _judge_settings(self) -> dict[str, Any]:
         """What rows of one table must have in common."""
@@ -86,7 +99,10 @@ class Judgement:
         """On a part of the labelled images, unless it is written already."""
         if self.judge is None or self.metrics.has(position.step, "knn_top1"):
             return
-        verdict = self.judge.encoder("so far", encoders.judged, quick=True)
+        try:
+            verdict = self.judge.encoder("so far", encoders.judged, quick=True)
+        except NotWanted:
+            return
         self._write_verdict(verdict, position)
         self.console.show_verdict(position.step, verdict)
 

@@ -13,6 +13,7 @@ from fastjepa.config import Config
 from fastjepa.data.loader import Batch
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
+from fastjepa.data.workers import NotWanted
 from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     Position,
@@ -32,7 +33,7 @@ from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.learner import Encoders, Learner
 from fastjepa.engine.losses import LossWatch
 from fastjepa.engine.metrics import MetricsFile
-from fastjepa.engine.processes.stopping import NonFinite
+from fastjepa.engine.processes.stopping import NonFinite, StopRequest
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule
@@ -46,6 +47,7 @@ class Run:
     """What one run writes and says. Methods are called on every rank; rank 0 writes.
 
     Attributes:
+        stop: whether it has been told to stop, which breaks off judgements and waits for data.
         position: how far it is.
         unreadable: paths of the training images that this rank had to skip.
         saved_step: of the newest checkpoint that was written or resumed from; 0 before there is one.
@@ -60,6 +62,7 @@ class Run:
     augmentation: Augmentation
     order: GlobalOrder
     schedule: Schedule
+    stop: StopRequest
     clock: StepClock = field(default_factory=StepClock)
     unreadable: set[str] = field(default_factory=set)
     saved_step: int = 0
@@ -81,7 +84,14 @@ class Run:
         )
         self.metrics = MetricsFile(self.folder.metrics)
         self.judgement = Judgement(
-            self.config, self.world, self.folder, self.console, self.images, self.masks, self.metrics
+            self.config,
+            self.world,
+            self.folder,
+            self.console,
+            self.images,
+            self.masks,
+            self.metrics,
+            self.stop.is_made,
         )
 
     def judge_baselines(self, model: JEPA | MAE) -> None:
@@ -286,17 +296,26 @@ class Run:
             encoders = learner.encoders()
             self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))
 
-    def conclude(self, learner: Learner) -> None:
-        """The last judgement, beside the baselines, and a picture of the features."""
+    def conclude(self, learner: Learner) -> bool:
+        """The last judgement, beside the baselines, and a picture of the features.
+
+        Returns:
+            Whether it was made, on all ranks alike; False if rank 0 has been told to stop.
+        """
         self.unreadable = set().union(*self.world.gather(self.unreadable))
         encoders = learner.encoders()
-        self.world.on_main(lambda: self._conclude(encoders))
+        is_made = self.world.on_main(lambda: self._conclude(encoders))
+        return not self.world.worst(int(is_made is False))
 
-    def _conclude(self, encoders: Encoders) -> None:
-        self.judgement.final(encoders, self.position)
+    def _conclude(self, encoders: Encoders) -> bool:
+        try:
+            self.judgement.final(encoders, self.position)
+        except NotWanted:
+            return False
         if self.unreadable:
             count = f"{len(self.unreadable)} of {len(self.images.train)}"
             self.console.say(f"{count} images could not be read and were skipped; they are named above")
+        return True
 
     def _progress(self, row: dict[str, Any]) -> Progress:
         per_image = self.config.optim.global_batch / row["images_per_second"]

@@ -3,15 +3,21 @@
 To `deepspeed` on one node it is of no use, and the test says what happens instead.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results, torchrun
 from tests.faults.processes import assert_gone, children, descendants, is_alive, needs_proc, ranks_below
 from tests.faults.table import Row
+from tests.faults.test_bad_images import RUN as FOLDER_RUN
+from tests.faults.test_bad_images import STEPS as FOLDER_STEPS
+from tests.faults.test_bad_images import write_images
 from tests.ranks import free_port
 
 pytestmark = needs_proc
@@ -47,6 +53,67 @@ def test_one_process_is_told_to_stop(
     for *_, row, _ in signals:
         row.hold_against(watched, reference)
     assert results(watched.trainer) == results(reference.trainer)
+
+
+def hangs(process: "subprocess.Popen[str]") -> bool:
+    """Whether something below a process waits for the other side of a FIFO."""
+    with contextlib.suppress(OSError):  # one of them has just gone
+        for pid in descendants(process.pid):
+            if Path(f"/proc/{pid}/wchan").read_text() == "wait_for_partner":
+                return True
+    return False
+
+
+def replace_by_fifo(file: Path) -> bytes:
+    content = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    return content
+
+
+def write_two_classes(folder: Path) -> list[Path]:
+    files = write_images(folder)
+    for number, file in enumerate(files):
+        files[number] = folder / "ab"[number % 2] / file.name
+        files[number].parent.mkdir(exist_ok=True)
+        file.rename(files[number])
+    return files
+
+
+def test_told_to_stop_while_a_drive_hangs(watched: Watched, table: Callable[[str, str], Row]) -> None:
+    """Opening a FIFO without a writer never returns, and would be waited for longer than the test lasts."""
+    row = table(
+        "SIGTERM while a drive hangs", "saves at once, whatever is waited for; resumes when it answers"
+    )
+    home = watched.trainer.home
+    trained_on = write_two_classes(home / "images")[151]  # not among those that are pictured
+    judged_on = write_two_classes(home / "probe")[151:153]
+    overrides = (
+        *FOLDER_RUN, f"data.root={home / 'images'}", f"data.probe_root={home / 'probe'}",
+        "data.hold_out=0", "probe.final_queries=300", "speed.workers=2", "speed.worker_timeout_s=600",
+    )  # fmt: skip
+
+    def stop_where(file: Path, before: int | None, said: str) -> None:
+        content = replace_by_fifo(file) if before is None else b""
+        process = watched.start(*overrides, gates=[] if before is None else [before])
+        if before is not None:
+            with watched.standing_at(process, before):
+                content = replace_by_fifo(file)
+        assert watched.wait_for(process, lambda: hangs(process))
+        process.send_signal(signal.SIGTERM)
+        row.times += 1
+        stopped = watched.trainer.finish(process, timeout_s=30).check()
+        assert lines_with(stopped.out, said), stopped
+        assert (watched.trainer.run / "stopped").exists()
+        file.unlink()
+        file.write_bytes(content)
+
+    stop_where(judged_on[0], None, f"Stopped at step 0 of {FOLDER_STEPS}")
+    stop_where(trained_on, None, "Stopped at step ")
+    stop_where(judged_on[1], FOLDER_STEPS - 1, f"Stopped before it was judged, at step {FOLDER_STEPS}")
+    done = watched(*overrides).check()
+    assert lines_with(done.out, "trained target encoder")
+    assert sorted(watched.witness.trained_on()) == list(range(FOLDER_STEPS))
 
 
 @pytest.mark.slow_fault

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,6 +27,7 @@ _RESOLVE_S = 20.0  # names of a job that just starts may not be known at once
 _PATIENT_S = 15.0  # waiting longer than this is worth a line
 _TRY_S = 5.0  # one attempt to connect
 _POLL_S = 0.1
+_SETTLES_S = 2.0  # a connection that is being made
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ def _store(address: str, placement: Placement, within_s: float, listener: int | 
         return made.result(within_s)
     except TimeoutError as error:
         raise dist.DistError(f"no answer for {within_s:g} s") from error
+    except BaseException:  # a signal
+        # Python would end such a thread as soon as it came back from C++, and with it, loudly, the process.
+        futures.wait([made], _SETTLES_S)
+        raise
 
 
 def _host_store(placement: Placement, address: str, within_s: float) -> dist.TCPStore:

@@ -19,29 +19,48 @@ class Call(IntEnum):
     GIVE_UP = 2
 
 
-class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came. A second Ctrl-C interrupts at once.
+class StoppedEarly(BaseException):
+    """A signal came before there was anything to save."""
 
-    Args:
-        launched: by something that passes signals on: then a Ctrl-C counts as a second one only some seconds
-            after the first.
+
+class StopRequest:
+    """Hears SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) from now on.
+
+    Until `remember` is called they end what is under way at once, as there are no other ranks yet to agree
+    with. After that the first is remembered, and a second Ctrl-C interrupts at once.
     """
 
-    def __init__(self, launched: bool = False) -> None:
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._patience_s = _SENT_TWICE_S if launched else 0.0
+        self._remembers = False
+        self._patience_s = 0.0
         self._since_s = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
+    def remember(self, launched: bool = False) -> None:
+        """End nothing at once any more.
+
+        Args:
+            launched: by something that passes signals on: then a Ctrl-C counts as a second one only some
+                seconds after the first.
+        """
+        self._patience_s = _SENT_TWICE_S if launched else 0.0
+        self._remembers = True
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if not self._remembers:
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedEarly
         now_s = time.monotonic()
         if self.signal is None:
             self._since_s = now_s
         elif number == signal.SIGINT and now_s - self._since_s >= self._patience_s:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+    def is_made(self) -> bool:
+        return self.signal is not None
 
     @property
     def call(self) -> Call:
@@ -58,6 +77,7 @@ def mark_stopped(folder: Path, words: str | None) -> None:
         if words is None:
             mark.unlink(missing_ok=True)
         else:
+            folder.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{words}\n")
 
 
