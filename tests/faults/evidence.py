@@ -114,10 +114,13 @@ class Watched:
         self, *overrides: str, launcher: Sequence[str] = (), gates: Sequence[int] = (), **popen: Any
     ) -> subprocess.Popen[str]:
         """Start it; it will stand before each of the steps in `gates` until `standing_at` lets it through."""
+        self.close(gates)
+        return self.trainer.start(*overrides, launcher=self.witness.launcher(*launcher), **popen)
+
+    def close(self, gates: Sequence[int]) -> None:
         self.witness.folder.mkdir(exist_ok=True)
         for step in gates:
             self.witness.gate(step).touch()
-        return self.trainer.start(*overrides, launcher=self.witness.launcher(*launcher), **popen)
 
     def __call__(self, *overrides: str, launcher: Sequence[str] = ()) -> "Finished":
         """Run it to its end."""
