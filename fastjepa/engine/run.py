@@ -288,7 +288,7 @@ class Run:
 
     def conclude(self, learner: Learner) -> None:
         """The last judgement, beside the baselines, and a picture of the features."""
-        self.unreadable = set().union(*self.world.gather(self.unreadable))
+        self.unreadable = set().union(*self.world.gather(sorted(self.unreadable)))
         encoders = learner.encoders()
         self.world.on_main(lambda: self._conclude(encoders))
 
