@@ -1,5 +1,6 @@
 """Which rank is lost, and that every other process ends: with real processes, which train nothing."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -148,10 +149,28 @@ def finish(watch: Watch) -> None:
     os._exit(0)
 
 
-def run_rank(rank: int, size: int, port: int, behaviour: Behaviour, log: Path) -> None:
+def load_slowly(watch: Watch) -> None:
+    """Read a library from a cold drive, by a call that keeps the interpreter's lock."""
+    ctypes.PyDLL(None).sleep(int(1.5 * DEAD_AFTER_S))
+    watch.activity.begin(Doing.COMPUTING, 1, saved_step=0)
+    watch.leave()
+    os._exit(0)
+
+
+def wait_for_others(watch: Watch) -> None:
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s and not all(
+        p.left for p in watch.peers if p.member.rank != watch.rank
+    ):
+        time.sleep(0.01)
+    watch.leave()
+    os._exit(0)
+
+
+def run_rank(rank: int, size: int, port: int, behaviour: Behaviour, log: Path, hang_after_s: float) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     meeting = meet(Placement("test", rank, size, rank, None, "127.0.0.1", port), 30)
-    limits = (Activity(), DEAD_AFTER_S, HANG_AFTER_S)
+    limits = (Activity(), DEAD_AFTER_S, hang_after_s)
     watch = Host(meeting, *limits) if rank == 0 else Guest(rank, meeting, *limits)
     watch.start()
     log.with_suffix(".up").touch()
@@ -159,12 +178,14 @@ def run_rank(rank: int, size: int, port: int, behaviour: Behaviour, log: Path) -
 
 
 class Ranks:
-    def __init__(self, home: Path, *behaviours: Behaviour) -> None:
+    def __init__(self, home: Path, *behaviours: Behaviour, hang_after_s: float = HANG_AFTER_S) -> None:
         port, size = free_port(), len(behaviours)
         self.logs = [home / f"{rank}.log" for rank in range(size)]
         forked = multiprocessing.get_context("fork")
         self.processes: list[BaseProcess] = [
-            forked.Process(target=run_rank, args=(rank, size, port, behaviour, log), daemon=True)
+            forked.Process(
+                target=run_rank, args=(rank, size, port, behaviour, log, hang_after_s), daemon=True
+            )
             for rank, (behaviour, log) in enumerate(zip(behaviours, self.logs, strict=True))
         ]
         for process in self.processes:
@@ -256,3 +277,9 @@ def test_ranks_that_finish_one_after_another_are_not_missed(tmp_path: Path) -> N
     assert ranks.codes() == [0, 0, 0]
     with suppress(FileNotFoundError):
         assert [ranks.said(rank) for rank in range(3)] == ["", "", ""]
+
+
+@linux
+def test_a_rank_that_loads_slowly_is_not_lost(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, wait_for_others, load_slowly, hang_after_s=60)
+    assert ranks.codes() == [0, 0], ranks.said(0)
