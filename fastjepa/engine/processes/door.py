@@ -39,21 +39,25 @@ class Door:
     Args:
         listener: takes the connections.
         size: ranks of the run.
-        selector: to wake on newcomers; what it wakes for is given to `open`.
+        selector: to wake on newcomers.
+
+    Attributes:
+        token: what a rank must show.
+        missing: the ranks that are not in yet.
     """
 
     def __init__(self, listener: socket.socket, size: int, selector: selectors.BaseSelector) -> None:
         listener.setblocking(False)
         self.token = secrets.token_hex(_TOKEN_DIGITS // 2)
         self._listener, self._selector = listener, selector
-        self._missing = set(range(1, size))
+        self.missing = set(range(1, size))
         self._strangers: list[_Stranger] = []
         selector.register(listener, selectors.EVENT_READ)
 
     def open(self, now_s: float) -> dict[int, Wire]:
         """Let in, by rank, who has shown the token since the last time; turn away who has not in time."""
         found: dict[int, Wire] = {}
-        if not self._missing:
+        if not self.missing:
             return found
         self._accept(now_s)
         staying = []
@@ -66,10 +70,10 @@ class Door:
                 self._turn_away(stranger)
             else:
                 self._selector.unregister(stranger.socket)
-                self._missing.remove(rank)
+                self.missing.remove(rank)
                 found[rank] = Wire(stranger.socket)
         self._strangers = staying
-        if not self._missing:
+        if not self.missing:
             self._selector.unregister(self._listener)
             for stranger in staying:
                 self._turn_away(stranger)
@@ -98,7 +102,7 @@ class Door:
             return None
         digits = said[_TOKEN_DIGITS + 1 : -1]
         rank = int(digits) if digits.isdigit() else 0
-        return rank if rank in self._missing and said == hello(self.token, rank) else None
+        return rank if rank in self.missing and said == hello(self.token, rank) else None
 
     def _turn_away(self, stranger: _Stranger) -> None:
         self._selector.unregister(stranger.socket)

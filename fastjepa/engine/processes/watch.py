@@ -62,6 +62,7 @@ class Watch(ABC):
         )
         self._beat_s = min(_BEAT_S, dead_after_s / 5)
         self._farewell: dict[str, Any] | None = None
+        self._leave_by_s = 0.0
         self._asked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -72,8 +73,9 @@ class Watch(ABC):
 
     def leave(self, failure: str = "") -> None:
         """Say goodbye to the other ranks, and why, if it is because of a failure."""
+        self._leave_by_s = time.monotonic() + _FAREWELL_S
         self._farewell = {"bye": failure}
-        self._thread.join(_FAREWELL_S)
+        self._thread.join(_FAREWELL_S + self._beat_s)
         if failure:  # a communicator that others have left may never be taken down
             last = threading.Timer(_GRACE_S, os._exit, (LOST,))
             last.daemon = True
@@ -108,6 +110,11 @@ class Watch(ABC):
     def _is_over(self) -> bool:
         return False
 
+    @property
+    def _reaches_all(self) -> bool:
+        """Whether all that this rank speaks to are there: else its farewell waits a little."""
+        return True
+
     def _run(self) -> None:
         try:
             self._look_around()
@@ -128,7 +135,7 @@ class Watch(ABC):
             verdict = verdict or (self._judge() if is_due else None)
             if verdict is not None:
                 self._give_up(verdict)
-            if self._farewell is not None:
+            if self._farewell is not None and (self._reaches_all or at_s >= self._leave_by_s):
                 self._tell(encode(self._farewell))
                 return
             if is_due:
@@ -210,6 +217,10 @@ class Host(Watch):
 
     def _pronounce(self, verdict: Verdict) -> None:
         self._tell(encode({"verdict": asdict(verdict)}))
+
+    @property
+    def _reaches_all(self) -> bool:
+        return not self._door.missing
 
     def _close(self) -> None:
         self._selector.close()

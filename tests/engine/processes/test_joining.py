@@ -68,18 +68,18 @@ def exchange(world: World) -> None:
     dist.barrier(world.hosts)
 
 
-def run(*folders: Path, of_second: Mapping[str, str] | None = None) -> tuple[list[int], list[str]]:
+def run(*folders: Path, of_rank: Mapping[int, dict[str, str]] = {}) -> tuple[list[int], list[str]]:
     """Two ranks to their end: exit statuses, and what they said."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | OURS
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, *map(str, folders)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(more),
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | of_rank.get(rank, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank, more in enumerate([{}, of_second or {}])
+        for rank in range(2)
     ]
     try:
         said = [process.communicate(timeout=120)[0] for process in processes]
@@ -110,13 +110,14 @@ def test_a_rank_that_sees_another_folder_is_named_by_all(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names network interfaces")
-def test_a_rank_that_cannot_connect_says_why_to_all(tmp_path: Path) -> None:
-    codes, said = run(tmp_path, tmp_path, of_second={"GLOO_SOCKET_IFNAME": "nosuch0"})
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_connect_says_why_to_all(tmp_path: Path, rank: int) -> None:
+    codes, said = run(tmp_path, tmp_path, of_rank={rank: {"GLOO_SOCKET_IFNAME": "nosuch0"}})
     assert codes == [1, 1], said
     why = "GLOO_SOCKET_IFNAME names nosuch0, which is no network interface of "
-    assert f"error: {why}" in said[1]
-    assert "error: rank 1 (" in said[0]
-    assert f"cannot go on: {why}" in said[0]
+    assert f"error: {why}" in said[rank]
+    assert f"error: rank {rank} (" in said[1 - rank]
+    assert f"cannot go on: {why}" in said[1 - rank]
     assert all("Traceback" not in one for one in said)
 
 

@@ -43,7 +43,7 @@ def stand(size: int, ours: Connection) -> None:
     """Be rank 0 until all others have said goodbye; tell what that took."""
     counts: dict[str, int] = {}
     Wire.receive = counted(counts, "receive", Wire.receive)  # type: ignore[method-assign]
-    module.stuck = counted(counts, "judge", module.stuck)  # type: ignore[attr-defined]
+    module.stuck = counted(counts, "judge", module.stuck)
     store = dist.HashStore()
     members = tuple(Member(rank, "node", rank) for rank in range(size))
     host = Host(Meeting(store, members, "127.0.0.1"), Activity(), LIMIT_S, LIMIT_S)
