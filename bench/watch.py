@@ -72,6 +72,7 @@ def stand(size: int, seconds: float, told: Connection) -> None:
     time.sleep(SETTLE_S + size / 500)
     assert host._thread.ident is not None
     clock = time.pthread_getcpuclockid(host._thread.ident)
+    before = sum(peer.moment.moves for peer in host.peers[1:])
     began_s, busy_s = time.monotonic(), time.clock_gettime(clock)
     activity.begin(Doing.COMPUTING, 1, 0)
     while (passed_s := time.monotonic() - began_s) < seconds:
@@ -79,23 +80,25 @@ def stand(size: int, seconds: float, told: Connection) -> None:
             ones.mul_(1)
         done += 100
     busy_s = time.clock_gettime(clock) - busy_s
+    beats = sum(peer.moment.moves for peer in host.peers[1:]) - before
     heard = sum(peer.moment.moves > 0 for peer in host.peers)
     others.kill()
-    told.send((busy_s / passed_s, done / passed_s, heard))
+    told.send((heard, busy_s / passed_s, beats / passed_s, done / passed_s))
     os._exit(0)
 
 
-def measure(size: int, seconds: float) -> tuple[float, float]:
-    """The share of a core that the watch takes, and the main thread's operations in a second."""
+def measure(size: int, seconds: float) -> tuple[float, float, float]:
+    """The share of a core that the watch takes, and beats and the main thread's operations in a second."""
     spawned = multiprocessing.get_context("spawn")
     ours, theirs = spawned.Pipe()
     process = spawned.Process(target=stand, args=(size, seconds, theirs))
     process.start()
     theirs.close()
-    share, operations, heard = ours.recv()
+    heard, *found = ours.recv()
     process.join()
     assert heard == size, f"{heard} of {size} ranks were heard"
-    return share, operations
+    share, beats, operations = found
+    return share, beats, operations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,10 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = [{size: measure(size, options.seconds) for size in options.sizes} for _ in range(options.rounds)]
     summary = {}
     for size in options.sizes:
-        of_first = [of[size][1] / of[options.sizes[0]][1] for of in rounds]
+        of_first = [of[size][2] / of[options.sizes[0]][2] for of in rounds]
         summary[size] = {
             "core_share": median(of[size][0] for of in rounds),
-            "operations_per_second": median(of[size][1] for of in rounds),
+            # The process that plays the others may itself be late; this does not depend on it.
+            "microseconds_per_beat": median(1e6 * of[size][0] / of[size][1] for of in rounds),
+            "beats_per_second": median(of[size][1] for of in rounds),
+            "operations_per_second": median(of[size][2] for of in rounds),
             "operations_ratio_to_first": median(of_first),
         }
         print(size, *(f"{name} {value:.4g}" for name, value in summary[size].items()))
