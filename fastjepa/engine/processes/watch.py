@@ -57,9 +57,8 @@ class Watch(ABC):
         self.dead_after_s, self.hang_after_s = dead_after_s, hang_after_s
         self.peers = [Peer(member) for member in meeting.members]
         self._selector = selectors.DefaultSelector()
-        self._now_s = (
-            0.0  # on a clock that stands where this thread itself was held up: no one else is to blame
-        )
+        # On a clock that hardly moves while this thread itself is held up: the others are not to blame.
+        self._now_s = 0.0
         self._beat_s = min(_BEAT_S, dead_after_s / 5)
         self._farewell: dict[str, Any] | None = None
         self._leave_by_s = 0.0
@@ -122,7 +121,7 @@ class Watch(ABC):
             end_process(f"the watch over the other ranks failed: {error!r}")
 
     def _look_around(self) -> None:
-        last_s, due_s = time.monotonic(), 0.0
+        own, last_s, due_s = self.peers[self.rank], time.monotonic(), 0.0
         while not self._is_over:
             ready = self._selector.select(self._beat_s / 4)
             at_s = time.monotonic()
@@ -130,7 +129,7 @@ class Watch(ABC):
             last_s, is_due = at_s, self._now_s >= due_s
             if is_due:
                 due_s = self._now_s + self._beat_s
-                self._note_self()
+                own.hear(self._now_s, self.activity.now, *self.activity.place())
             verdict = self._hear(key.data for key, _ in ready if key.data is not None)
             verdict = verdict or (self._judge() if is_due else None)
             if verdict is not None:
@@ -139,14 +138,10 @@ class Watch(ABC):
                 self._tell(encode(self._farewell))
                 return
             if is_due:
-                own = self.peers[self.rank]
                 said = asdict(own.moment) | {"place": own.place, "in_collective": own.in_collective}
                 self._tell(encode(said))
             if ready:
                 time.sleep(self._beat_s / _WAKES_PER_BEAT)
-
-    def _note_self(self) -> None:
-        self.peers[self.rank].hear(self._now_s, self.activity.now, *self.activity.place())
 
     def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         moment = Moment(message["step"], Doing(message["doing"]), message["moves"])
