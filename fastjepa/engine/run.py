@@ -302,7 +302,7 @@ class Run:
         Returns:
             Whether it was made, on all ranks alike; False if rank 0 has been told to stop.
         """
-        self.unreadable = set().union(*self.world.gather(self.unreadable))
+        self.unreadable = set().union(*self.world.gather(sorted(self.unreadable)))
         encoders = learner.encoders()
         is_made = self.world.on_main(lambda: self._conclude(encoders))
         return not self.world.worst(int(is_made is False))

@@ -23,7 +23,8 @@ from torch import Tensor
 from fastjepa.engine.checkpoints.keep import Keep, prune
 from fastjepa.engine.checkpoints.plan import FilePlan, Window, in_turn, plan_file
 from fastjepa.engine.checkpoints.write import writing
-from fastjepa.engine.partitions import Parts, Slice
+from fastjepa.engine.partitions import Parts, Slice, plain_slices, slices_of
+from fastjepa.engine.processes.exchange import gather_plain
 from fastjepa.engine.processes.world import HOST_TIMEOUT, World
 
 AHEAD = 8  # windows that rank 0 has received and not yet written
@@ -84,8 +85,11 @@ def host_copy(state: Mapping[str, Parts], group: dist.ProcessGroup | None) -> Ho
     }
     every = [mine]
     if group is not None:
-        every = [mine] * dist.get_world_size(group)
-        dist.all_gather_object(every, mine, group=group)
+        plain = {file: [plain_slices(slices) for slices in parts] for file, parts in mine.items()}
+        every = [
+            {file: [slices_of(slices) for slices in parts] for file, parts in one.items()}
+            for one in gather_plain(plain, group)
+        ]
     plans = {file: plan_file([slices[file] for slices in every]) for file in state}
     buffers = {
         file: [

@@ -1,6 +1,7 @@
 """Which of a run's processes this is, as the variables of a launcher say it. Nothing is started here."""
 
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -10,8 +11,8 @@ from fastjepa.config import ConfigError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Below the range from which systems choose ports by themselves, above the well-known ones.
-_SLURM_PORTS = range(15_000, 30_000)
+# Of jobs; below the range from which systems choose ports by themselves, above the well-known ones.
+_JOB_PORTS = range(15_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _of_mpi(environment: Mapping[str, str]) -> Placement:
     size = _number(environment, "OMPI_COMM_WORLD_SIZE", "mpirun")
     local_size = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0")) or None
     master_addr = environment.get("MASTER_ADDR", "127.0.0.1" if local_size == size else "")
-    if size > 1 and (not master_addr or not environment.get("MASTER_PORT")):
+    port = environment.get("MASTER_PORT") or (_mpi_port(environment) if local_size == size else None)
+    if size > 1 and not (master_addr and port):
         _refuse(
             "mpirun does not say where rank 0 can be reached: give it -x MASTER_ADDR=<host of rank 0> "
             "-x MASTER_PORT=<a free port there>",
@@ -110,8 +112,14 @@ def _of_mpi(environment: Mapping[str, str]) -> Placement:
         local_rank=_number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "mpirun"),
         local_size=local_size,
         master_addr=master_addr,
-        master_port=int(environment.get("MASTER_PORT", "0")),
+        master_port=_number({"MASTER_PORT": port}, "MASTER_PORT", "mpirun") if port else 0,
     )
+
+
+def _mpi_port(environment: Mapping[str, str]) -> str | None:
+    """For processes of one host: from the name of the job, which Open MPI 4 and 5 tell all of them."""
+    job = environment.get("PMIX_NAMESPACE")
+    return str(_JOB_PORTS[zlib.crc32(job.encode()) % len(_JOB_PORTS)]) if job else None
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Placement:
@@ -131,7 +139,7 @@ def _of_slurm(environment: Mapping[str, str]) -> Placement:
     port = environment.get("MASTER_PORT")
     if not port:
         job = _number(environment, "SLURM_JOB_ID", "srun")
-        port = str(_SLURM_PORTS[job % len(_SLURM_PORTS)])
+        port = str(_JOB_PORTS[job % len(_JOB_PORTS)])
     return Placement(
         "srun",
         rank=rank,

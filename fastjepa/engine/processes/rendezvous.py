@@ -165,10 +165,15 @@ def _resolve(placement: Placement, within_s: float) -> list[str]:
             f"{placement.master_addr}` answers here; or give an IP address"
         )
     several_hosts = placement.local_size is not None and placement.local_size < placement.size
-    if several_hosts and is_loopback(addresses[0]) and not placement.agent_store:
+    if several_hosts and is_loopback(addresses[0]):
+        remedy = (
+            "start torchrun on this host with --local-addr and the address by which the others know it"
+            if placement.agent_store
+            else "set MASTER_ADDR to the address by which the others know the host of rank 0"
+        )
         raise ConfigError(
             f"MASTER_ADDR {placement.master_addr} is {addresses[0]} on {socket.gethostname()}, which no "
-            "other host can reach: set MASTER_ADDR to the address by which the others know the host of rank 0"
+            f"other host can reach: {remedy}"
         )
     return addresses
 
@@ -279,13 +284,18 @@ def own_address(towards: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
+def interfaces() -> dict[str, list[str]]:
+    """This host's network interfaces and their addresses; none without psutil, which DeepSpeed brings."""
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ImportError:
+        return {}
+    return {
+        str(name): [str(entry.address).split("%")[0] for entry in addresses]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+
+
 def interface_of(address: str) -> str | None:
     """The name of the network interface that has this address, or None."""
-    try:
-        import psutil  # type: ignore[import-untyped]  # DeepSpeed brings it
-    except ImportError:
-        return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.split("%")[0] == address for entry in addresses):
-            return str(name)
-    return None
+    return next((name for name, addresses in interfaces().items() if address in addresses), None)

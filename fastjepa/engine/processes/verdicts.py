@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastjepa.engine.processes.activity import LONG, Moment
+from fastjepa.engine.processes.activity import LONG, Doing, Moment
 from fastjepa.engine.processes.rendezvous import Member
 
 LONGER = 12  # so many times longer may saving and judging take than anything else
+# So many times longer may a rank that starts be silent. It loads libraries: while one comes from a cold
+# drive, by a call that keeps the interpreter's lock, the thread that speaks for the rank does not run.
+STARTING_LONGER = 10
 _NAMED = 4  # ranks in a message
 
 
@@ -15,8 +18,9 @@ class Peer:
     """What is known of a rank.
 
     Attributes:
-        silent_s: since it was last heard from.
-        still_s: since it last went on to another thing, as far as is known.
+        heard_s: when it was last heard from, on the watch's clock.
+        moved_s: when it last went on to another thing, as far as is known.
+        met: it has been in touch at all.
         place: the line of code at which it was.
         in_collective: whether it waits for others there.
         left: it has said that it ends.
@@ -24,21 +28,25 @@ class Peer:
 
     member: Member
     moment: Moment = field(default_factory=Moment)
-    silent_s: float = 0.0
-    still_s: float = 0.0
+    heard_s: float = 0.0
+    moved_s: float = 0.0
+    met: bool = False
     place: str = ""
     in_collective: bool = False
     left: bool = False
 
-    def hear(self, moment: Moment, place: str, in_collective: bool) -> None:
+    def hear(self, now_s: float, moment: Moment, place: str, in_collective: bool) -> None:
         if moment.moves != self.moment.moves:
-            self.still_s = 0.0
+            self.moved_s = now_s
         self.moment, self.place, self.in_collective = moment, place, in_collective
-        self.silent_s = 0.0
+        self.heard_s = now_s
 
-    def wait(self, elapsed_s: float) -> None:
-        self.silent_s += elapsed_s
-        self.still_s += elapsed_s
+    def may_be_silent_s(self, dead_after_s: float) -> float:
+        is_starting = self.met and self.moment.doing == Doing.STARTING
+        return dead_after_s * STARTING_LONGER if is_starting else dead_after_s
+
+    def may_be_still_s(self, hang_after_s: float) -> float:
+        return hang_after_s * LONGER if self.moment.doing in LONG else hang_after_s
 
     def was(self) -> str:
         """What it was doing."""
@@ -62,20 +70,23 @@ class Verdict:
     hangs: bool = False
 
 
-def silent(peers: Sequence[Peer], dead_after_s: float) -> Verdict | None:
+def silent(peers: Sequence[Peer], now_s: float, dead_after_s: float) -> Verdict | None:
     """On ranks that have not been heard from for too long."""
-    lost = [peer for peer in peers if not peer.left and peer.silent_s >= dead_after_s]
+    lost = [
+        peer for peer in peers if not peer.left and now_s - peer.heard_s >= peer.may_be_silent_s(dead_after_s)
+    ]
     if not lost:
         return None
     first = lost[0]
     return Verdict(
-        f"{first.member} has not been heard from for {first.silent_s:.0f} s; it was {first.was()}"
-        f"{_and_others(lost, 'nor have')}. Its host is down, the network is cut, or the process is stopped.",
+        f"{first.member} has not been heard from for more than {first.may_be_silent_s(dead_after_s):g} s; "
+        f"it was {first.was()}{_and_others(lost, 'nor have')}. Its host is down, the network is cut, or the "
+        "process is stopped.",
         _ranks(lost),
     )
 
 
-def stuck(peers: Sequence[Peer], hang_after_s: float) -> Verdict | None:
+def stuck(peers: Sequence[Peer], now_s: float, hang_after_s: float) -> Verdict | None:
     """On ranks that do not go on while the others wait for them, though their processes live.
 
     Those with the fewest moves are behind. Several may be: a collective waits for the one that does not come,
@@ -86,14 +97,15 @@ def stuck(peers: Sequence[Peer], hang_after_s: float) -> Verdict | None:
         return None
     fewest = min(peer.moment.moves for peer in present)
     behind = [peer for peer in present if peer.moment.moves == fewest]
-    if any(peer.still_s < _patience_s(peer, hang_after_s) for peer in behind):
+    if any(now_s - peer.moved_s < peer.may_be_still_s(hang_after_s) for peer in behind):
         return None
     guilty = [peer for peer in behind if not peer.in_collective] or behind
     first = guilty[0]
-    others = f", at {first.place}" if first.place else ""
+    limit_s = first.may_be_still_s(hang_after_s)
+    place = f", at {first.place}" if first.place else ""
     wait = "the others wait for it" if len(guilty) < len(present) else "so no rank goes on"
     return Verdict(
-        f"{first.member} has been {first.was()}, for {first.still_s:.0f} s{others}"
+        f"{first.member} has been {first.was()}, for more than {limit_s:g} s{place}"
         f"{_and_others(guilty, 'and so have')}; {wait}. run.hang_after_s is how long that may be.",
         _ranks(guilty),
         hangs=True,
@@ -112,10 +124,6 @@ def ended(peer: Peer) -> Verdict:
 def failed(peer: Peer, why: str, grace_s: float) -> Verdict:
     """On a process that said why it ends."""
     return Verdict(f"{peer.member} cannot go on: {why}", _ranks([peer]), grace_s)
-
-
-def _patience_s(peer: Peer, hang_after_s: float) -> float:
-    return hang_after_s * LONGER if peer.moment.doing in LONG else hang_after_s
 
 
 def _ranks(peers: Sequence[Peer]) -> tuple[int, ...]:

@@ -4,11 +4,18 @@ import json
 import socket
 from typing import Any
 
-_MOST_BYTES = 1 << 20  # of one side's backlog: nothing said here is long, so it is no peer of ours
+_MOST_BACKLOG = 1 << 20  # bytes that the other side may be behind: then it hears of nothing more
+MOST_LINE = 1 << 18  # bytes of a message: a verdict on 30,000 ranks
+_CHUNK = 1 << 16
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """As a line, which may be sent to many."""
+    return json.dumps(message).encode() + b"\n"
 
 
 class Wire:
-    """One end of a connection."""
+    """One end of a connection to a rank that has shown the token, or to rank 0."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -17,11 +24,11 @@ class Wire:
         self._ended = False
         self._in, self._out = b"", b""
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send it, now or with the next message: a cut network takes nothing."""
-        if self._ended or len(self._out) > _MOST_BYTES:
+    def send(self, line: bytes) -> None:
+        """Send it, now or with the next one: a cut network takes nothing."""
+        if self._ended or len(self._out) > _MOST_BACKLOG:
             return
-        self._out += json.dumps(message).encode() + b"\n"
+        self._out += line
         try:
             self._out = self._out[self.socket.send(self._out) :]
         except BlockingIOError:
@@ -30,21 +37,26 @@ class Wire:
             self._out = b""  # what the other side said before it ended may still be read
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come; `has_ended` is true once nothing more will."""
+        """What has come, of at most 64 KiB; whoever waits for the socket is woken for the rest.
+
+        `has_ended` is true once nothing more will.
+        """
+        if self._ended:
+            return []
         try:
-            while not self._ended and (chunk := self.socket.recv(1 << 16)):
-                self._in += chunk
-                if len(self._in) > _MOST_BYTES:
-                    break
-            self._ended = True
+            chunk = self.socket.recv(_CHUNK)
+            self._ended = not chunk
         except BlockingIOError:
-            pass
+            return []
         except OSError:
             self._ended = True
-        *lines, self._in = self._in.split(b"\n")
+            return []
+        *lines, self._in = (self._in + chunk).split(b"\n")
+        if len(self._in) > MOST_LINE:  # no peer says so much
+            self._ended = True
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             self._ended = True
             return []
         return [message for message in messages if isinstance(message, dict)]

@@ -2,19 +2,22 @@
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from fastjepa.config import ConfigError, RunConfig
 from fastjepa.engine.processes.activity import Activity, Doing
+from fastjepa.engine.processes.exchange import gather_plain
+from fastjepa.engine.processes.files import allow_files
 from fastjepa.engine.processes.launchers import Placement, find_placement
-from fastjepa.engine.processes.rendezvous import interface_of, meet
+from fastjepa.engine.processes.rendezvous import Meeting, interface_of, interfaces, meet
 from fastjepa.engine.processes.stopping import PeerFailed
 from fastjepa.engine.processes.watch import Guest, Host, Watch
 
@@ -65,13 +68,11 @@ class World:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank."""
+        """Every rank's value, by rank, on every rank: strings, bools, numbers, None, and lists of them."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
         with self.activity.during(Doing.AGREEING):
-            dist.all_gather_object(values, value, group=self.hosts)
-        return values
+            return gather_plain(value, self.hosts)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor on the device."""
@@ -93,22 +94,61 @@ def join_world(device: str, run: RunConfig | None = None) -> World:
     os.environ |= placement.variables()  # for DeepSpeed
     if placement.size == 1:
         return World(0, 1, where, None)
+    allow_files(placement.size)
     meeting = meet(placement, run.join_within_s)
     activity = Activity()
     limits = (activity, run.dead_after_s, run.hang_after_s)
     is_main = placement.rank == 0
     watch = Host(meeting, *limits) if is_main else Guest(placement.rank, meeting, *limits)
     watch.start()
-    _keep_gloo_on(meeting.address)
-    dist.init_process_group(
-        "nccl" if where.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", meeting.store),
-        rank=placement.rank,
-        world_size=placement.size,
-        timeout=HOST_TIMEOUT,
-    )
-    hosts = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    try:
+        with _farewell(watch):
+            hosts = _connect(placement, meeting, where)
+    except BaseException:
+        leave_world()
+        raise
     return World(placement.rank, placement.size, where, hosts, activity, watch)
+
+
+def _connect(placement: Placement, meeting: Meeting, device: torch.device) -> dist.ProcessGroup:
+    """Start the group of all ranks, and give that of their hosts.
+
+    Raises:
+        ConfigError: a variable names no interface of this host, or the ranks do not reach each other.
+    """
+    _keep_gloo_on(meeting.address)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", meeting.store),
+            rank=placement.rank,
+            world_size=placement.size,
+            timeout=HOST_TIMEOUT,
+        )
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    except RuntimeError as error:
+        raise _Unconnected(
+            f"{meeting.members[placement.rank]} cannot connect to the other ranks ({_in_short(error)}). Gloo "
+            f"takes the interface that GLOO_SOCKET_IFNAME names, {os.environ.get('GLOO_SOCKET_IFNAME')}, and "
+            "NCCL what NCCL_SOCKET_IFNAME does: every host must reach the others by it, on all ports"
+        ) from error
+
+
+class _Unconnected(ConfigError):
+    """Perhaps for the end of another rank."""
+
+
+@contextmanager
+def _farewell(watch: Watch) -> Iterator[None]:
+    """If what is within fails, the others hear why; if it is for another rank's end, this one says that."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, _Unconnected) or (isinstance(error, RuntimeError) and is_of_connection(error)):
+            watch.explain()
+        watch.leave(_in_short(error))
+        raise
 
 
 def _device(device: str, placement: Placement) -> torch.device:
@@ -130,10 +170,22 @@ def _device(device: str, placement: Placement) -> torch.device:
 
 
 def _keep_gloo_on(address: str) -> None:
-    """Gloo would take the interface of the host's name, which need not be that of MASTER_ADDR."""
+    """Gloo would take the interface of the host's name, which need not be that of MASTER_ADDR.
+
+    Raises:
+        ConfigError: GLOO_SOCKET_IFNAME is set, and no interface of this host.
+    """
     interface = interface_of(address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    stated, present = os.environ.get("GLOO_SOCKET_IFNAME", ""), interfaces()
+    missing = [name for name in stated.split(",") if name and name not in present]
+    if present and missing:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME names {missing[0]}, which is no network interface of "
+            f"{socket.gethostname()}: it has {', '.join(present)}. Leave it unset to take the one that leads "
+            "to MASTER_ADDR"
+        )
 
 
 def start_group_of_one(world: World) -> None:
@@ -153,14 +205,8 @@ def joined(device: str, run: RunConfig) -> Iterator[World]:
     """
     world = join_world(device, run)
     try:
-        yield world
-    except BaseException as error:
-        if world.watch is not None:
-            if isinstance(error, RuntimeError) and is_of_connection(error):
-                world.watch.explain()
-            world.watch.leave(_in_short(error))
-        raise
-    else:
+        with nullcontext() if world.watch is None else _farewell(world.watch):
+            yield world
         if world.watch is not None:
             world.watch.leave()
     finally:

@@ -75,11 +75,9 @@ def test_a_signal_to_one_rank_of_a_launcher(train: "Trainer", launcher: str) -> 
     train.wait_for(process, step=10)
     ranks = ranks_below(process.pid)
     assert len(ranks) == 2
-    began_s = time.monotonic()
     for _ in range(2):  # the second must not lose the save
         os.kill(ranks[1], signal.SIGTERM)
     assert_gone(ranks)
-    assert time.monotonic() - began_s < 30
     stopped = train.finish(process).check()
     step = train.saved_steps[-1]
     assert stopped.out.count(f"Stopped at step {step} of 5000") == 1
@@ -109,11 +107,9 @@ def test_a_stopped_rank_is_named_and_ends_once_it_goes_on(train: "Trainer") -> N
         assert listening(rank.pid) == {"0100007F"}
     first_workers, second_workers = below(ranks[0].pid), below(ranks[1].pid)
     ranks[1].send_signal(signal.SIGSTOP)
-    began_s = time.monotonic()
     first = train.finish(ranks[0]).check(1)
-    assert time.monotonic() - began_s < 20
     assert [line for line in first.errors if line.startswith("error: rank 1 (")] == first.errors != []
-    assert f"process {ranks[1].pid}) has not been heard from for 8 s" in first.errors[0]
+    assert f"process {ranks[1].pid}) has not been heard from for more than 8 s" in first.errors[0]
     assert_gone(first_workers)
     ranks[1].send_signal(signal.SIGCONT)
     assert train.finish(ranks[1]).code == 1

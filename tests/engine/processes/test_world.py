@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,11 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_W
             SRUN | MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": "29500"},
             Placement("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500),
         ),
+        (
+            MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-gpu08-4711@1"},
+            Placement("mpirun", 1, 2, 1, 2, "127.0.0.1", 15000 + 0x7367AB5E % 15000),
+        ),
+        (MPIRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "5"}, Placement("mpirun", 1, 2, 1, None, "a", 5)),
     ],
 )
 def test_launchers_are_understood(environment: dict[str, str], expected: Placement) -> None:
@@ -81,6 +87,9 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         (without(SRUN, "SLURM_LOCALID"), "SLURM_LOCALID is not set"),
         (SRUN | {"SLURM_JOB_NODELIST": "gpu[8-"}, "no list of hosts"),
         (MPIRUN, "mpirun does not say where rank 0 can be reached"),
+        # Of several hosts only one would know the port.
+        (MPIRUN | {"MASTER_ADDR": "a", "PMIX_NAMESPACE": "1"}, "-x MASTER_PORT=<a free port there>"),
+        (MPIRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT must be a whole number, got 'b'"),
     ],
 )
 def test_half_an_environment_is_refused(environment: dict[str, str], message: str) -> None:
@@ -165,8 +174,10 @@ def test_unreachable_addresses_are_named() -> None:
         with pytest.raises(ConfigError, match=r"does not do so as rank 0 does.*another program's"):
             meet(local(1, port), 1)
     several_hosts = Placement("test", 0, 4, 0, 2, "127.0.0.1", port)
-    with pytest.raises(ConfigError, match="which no other host can reach"):
+    with pytest.raises(ConfigError, match="which no other host can reach: set MASTER_ADDR to"):
         meet(several_hosts, 0.3)
+    with pytest.raises(ConfigError, match=r"which no other host can reach: start torchrun.*--local-addr"):
+        meet(replace(several_hosts, agent_store=True), 0.3)
 
 
 def test_the_interface_of_an_address() -> None:
