@@ -25,15 +25,10 @@ from bench.kernels import machine
 from bench.kernels.machine import ROOT
 from bench.kernels.results import RESULTS
 from bench.throughput.report import write
-from fastjepa.engine.checkpoints.checkpoint import (
-    Position,
-    checkpoint_path,
-    load_checkpoint,
-    state_of,
-    verify_checkpoint,
-)
+from fastjepa.engine.checkpoints.checkpoint import Position, checkpoint_path, load_checkpoint, state_of
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.saver import Job, Saver
+from fastjepa.engine.checkpoints.verify import verify_checkpoint
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
 from fastjepa.engine.run import Run

@@ -17,9 +17,9 @@ from fastjepa.engine.checkpoints.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     step_of,
-    verify_checkpoint,
 )
 from fastjepa.engine.checkpoints.keep import set_aside
+from fastjepa.engine.checkpoints.verify import verify_checkpoint
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.run import Run
 from fastjepa.engine.spikes import IN_A_ROW, Spike, may_roll_back

@@ -18,12 +18,12 @@ from fastjepa.engine.checkpoints.checkpoint import (
     Position,
     checkpoint_path,
     load_checkpoint,
-    newest_good,
     state_of,
 )
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.resume import check_continues, check_fits
 from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
+from fastjepa.engine.checkpoints.verify import newest_good
 from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions

@@ -5,14 +5,8 @@ from typing import cast
 
 from fastjepa.config import ConfigError, parse_config
 from fastjepa.engine.build import build_heads, build_model
-from fastjepa.engine.checkpoints.checkpoint import (
-    STATE,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    newest_good,
-    verify_checkpoint,
-)
+from fastjepa.engine.checkpoints.checkpoint import STATE, Checkpoint, CheckpointError, load_checkpoint
+from fastjepa.engine.checkpoints.verify import newest_good, verify_checkpoint
 from fastjepa.interop.official import load_strict
 from fastjepa.interop.published import State, read_published
 from fastjepa.models import HEADS_OF_WIDTH

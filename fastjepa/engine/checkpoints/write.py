@@ -5,15 +5,17 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, checkpoint_path
+from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, CheckpointError, checkpoint_path
+from fastjepa.engine.checkpoints.keep import put_away
 from fastjepa.engine.checkpoints.plan import Shapes
 from fastjepa.engine.checkpoints.tensorfile import Fingerprint, HashedFile, header_of
+from fastjepa.engine.checkpoints.verify import has_damaged_files
 
 
 class CheckpointWriter:
@@ -51,7 +53,7 @@ class CheckpointWriter:
         entries = {name: fingerprint._asdict() for name, fingerprint in sorted(manifest.items())}
         self._write_json(MANIFEST, entries)
         _sync(self._partial)
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        _make_way(self.final)
         self._partial.rename(self.final)
         _sync(self.final.parent)
         return self.final
@@ -67,7 +69,8 @@ class CheckpointWriter:
     def _open(self) -> None:
         for stale in self.final.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(stale, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        make_folder(self._partial.parent)
+        self._partial.mkdir()
         for name, shapes in self._shapes.items():
             self._files[name] = HashedFile(self._partial / f"{name}.safetensors")
             self._files[name].write([header_of(shapes)])
@@ -100,6 +103,29 @@ def write_checkpoint(
         for file, named in tensors.items():
             writer.write(file, [t.contiguous().view(-1) for t in named.values()]).result()
         return writer.finish(state)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that a crash of the machine does not lose them again.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        _sync(made.parent)  # where its name is
+
+
+def _make_way(path: Path) -> None:
+    """Free the name of a checkpoint: a damaged one of the same step goes, whatever else is there is kept."""
+    if not path.exists() and not path.is_symlink():
+        return
+    with suppress(CheckpointError):
+        if path.is_dir() and not path.is_symlink() and has_damaged_files(path):
+            shutil.rmtree(path, ignore_errors=True)
+            return
+    put_away(path)
 
 
 def _sync(path: Path) -> None:

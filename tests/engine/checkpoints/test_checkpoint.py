@@ -22,14 +22,12 @@ from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     Position,
     checkpoint_path,
-    damage_of,
     list_checkpoints,
     load_checkpoint,
-    newest_good,
     state_of,
-    verify_checkpoint,
 )
 from fastjepa.engine.checkpoints.keep import Keep, prune
+from fastjepa.engine.checkpoints.verify import damage_of, newest_good, verify_checkpoint
 from fastjepa.engine.checkpoints.write import write_checkpoint
 
 POSITION = Position(

@@ -18,16 +18,11 @@ from torch import Tensor
 
 from fastjepa.config import Config, load_config
 from fastjepa.engine.build import build_model
-from fastjepa.engine.checkpoints.checkpoint import (
-    Position,
-    checkpoint_path,
-    load_checkpoint,
-    newest_good,
-    state_of,
-)
+from fastjepa.engine.checkpoints.checkpoint import Position, checkpoint_path, load_checkpoint, state_of
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.resume import check_fits
 from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
+from fastjepa.engine.checkpoints.verify import newest_good
 from fastjepa.engine.checkpoints.write import CheckpointWriter, write_checkpoint
 from fastjepa.engine.learner import Learner, start_learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
