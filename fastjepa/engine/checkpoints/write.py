@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, CheckpointError, checkpoint_path
@@ -16,6 +18,9 @@ from fastjepa.engine.checkpoints.keep import put_away
 from fastjepa.engine.checkpoints.plan import Shapes
 from fastjepa.engine.checkpoints.tensorfile import Fingerprint, HashedFile, header_of
 from fastjepa.engine.checkpoints.verify import has_damaged_files
+
+Array = npt.NDArray[np.float32]
+_MANY = 64  # arrays, beyond which joining them costs less than a call to the system for each
 
 
 class CheckpointWriter:
@@ -37,12 +42,11 @@ class CheckpointWriter:
         self._threads = {name: ThreadPoolExecutor(1, f"write {name}") for name in shapes}
         self._shapes = shapes
 
-    def write(self, file: str, tensors: Sequence[Tensor]) -> Future[None]:
-        """Append contiguous fp32 tensors to a file; they may not change until the result is there."""
+    def write(self, file: str, arrays: Sequence[Array]) -> Future[None]:
+        """Append contiguous fp32 arrays to a file; they may not change until the result is there."""
         if not self._files:
             self._open()
-        pieces = [tensor.numpy().data.cast("B") for tensor in tensors]
-        return self._threads[file].submit(self._files[file].write, pieces)
+        return self._threads[file].submit(_append, self._files[file], arrays)
 
     def finish(self, state: Mapping[str, Any]) -> Path:
         """Sync everything, with `state` and a manifest beside the tensors, and give it its name."""
@@ -101,8 +105,14 @@ def write_checkpoint(
     shapes = {file: {name: t.shape for name, t in named.items()} for file, named in tensors.items()}
     with writing(directory, step, shapes) as writer:
         for file, named in tensors.items():
-            writer.write(file, [t.contiguous().view(-1) for t in named.values()]).result()
+            writer.write(file, [t.contiguous().view(-1).numpy() for t in named.values()]).result()
         return writer.finish(state)
+
+
+def _append(file: HashedFile, arrays: Sequence[Array]) -> None:
+    if len(arrays) > _MANY:
+        arrays = [np.concatenate(arrays)]
+    file.write(array.data.cast("B") for array in arrays)
 
 
 def make_folder(path: Path) -> None:
