@@ -53,6 +53,14 @@ def test_what_a_run_may_go_on_from(
         raise CheckpointError(warning)
 
 
+@pytest.mark.parametrize("config", [{"optim": {"lrr": 1}}, {"optim": 3}, {"masks": {"mode": "new"}}])
+def test_settings_of_another_version_are_refused_by_name(tmp_path: Path, config: dict[str, object]) -> None:
+    checkpoint = Checkpoint(tmp_path / "step_7", POSITION, config, {}, "fastjepa 9.1")
+    with pytest.raises(CheckpointError, match=r"step_7 has settings that.*use the fastjepa 9\.1 that wrote"):
+        check_continues(checkpoint, POSITION, load_config(None))
+    assert len(check_continues(checkpoint, POSITION, load_config(None, [FORCE]))) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
