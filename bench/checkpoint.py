@@ -44,7 +44,7 @@ class Stall:
     """What saves cost a run.
 
     Attributes:
-        save_ms: how long each stopped training, the first of which makes the buffers.
+        save_ms: how long each stopped training.
         step_ms: a step of training, the time of saves left out.
         share: of the median save in the time between saves, at `run.save_every` of the recipe.
         save_every: steps.
