@@ -4,6 +4,7 @@ The buffers are made once, before training, and their pages with them: a host th
 the start of a run and not at its first save.
 """
 
+import gc
 import mmap
 import weakref
 from collections.abc import Mapping, Sequence
@@ -78,19 +79,30 @@ def host_copy(state: Mapping[str, Parts], group: dist.ProcessGroup | None) -> Ho
     }
     parts = _buffers(state, mine)
     if group is None:
-        plans = plan_files([mine])
-        return HostCopy(plans, list(batches_of(plans)), [], parts)
+        plans, batches = _plan([mine])
+        return HostCopy(plans, batches, [], parts)
     ranks = dist.get_world_size(group)
     every: list[Any] = [mine] * ranks
     dist.gather_object(mine, every if rank == 0 else None, group=group, group_dst=0)
-    plans = plan_files(every) if rank == 0 else {}
-    batches = list(batches_of(plans))
+    plans, batches = _plan(every) if rank == 0 else ({}, [])
     messages = [[batch.sent[r] for batch in batches if r in batch.sent] for r in range(ranks)]
     told: list[Any] = [[]]
     dist.scatter_object_list(told, messages if rank == 0 else None, group=group, group_src=0)
     for batch in batches:
         batch.sent.clear()  # rank 0 needs the windows and the sizes
     return HostCopy(plans, batches, [] if rank == 0 else told[0], parts)
+
+
+def _plan(every: Sequence[Cut]) -> tuple[dict[str, FilePlan], list[Batch]]:
+    """All that is made stays, for many ranks a million tuples: looking for garbage would take most of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        plans = plan_files(every)
+        return plans, list(batches_of(plans))
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def plan_files(every: Sequence[Cut]) -> dict[str, FilePlan]:
