@@ -25,15 +25,10 @@ from bench.kernels import machine
 from bench.kernels.machine import ROOT
 from bench.kernels.results import RESULTS
 from bench.throughput.report import write
-from fastjepa.engine.checkpoints.checkpoint import (
-    Position,
-    checkpoint_path,
-    load_checkpoint,
-    state_of,
-    verify_checkpoint,
-)
+from fastjepa.engine.checkpoints.checkpoint import Position, checkpoint_path, load_checkpoint, state_of
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.saver import Job, Saver
+from fastjepa.engine.checkpoints.verify import verify_checkpoint
 from fastjepa.engine.learner import Learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
 from fastjepa.engine.run import Run
@@ -49,7 +44,7 @@ class Stall:
     """What saves cost a run.
 
     Attributes:
-        save_ms: how long each stopped training, the first of which makes the buffers.
+        save_ms: how long each stopped training.
         step_ms: a step of training, the time of saves left out.
         share: of the median save in the time between saves, at `run.save_every` of the recipe.
         save_every: steps.

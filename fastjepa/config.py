@@ -2,7 +2,7 @@
 
 `model`, `masks`, `objective`, `optim` and `data` change results, `probe` how they are judged, `speed` only
 how fast they come, `run` where they go. Two runs with the same first part give the same curve, within
-floating point.
+floating point. The few keys of `speed` and `run` that change results after all are in `results_part`.
 """
 
 import dataclasses
@@ -19,6 +19,20 @@ from typing import Annotated, Any, Literal
 import yaml
 
 RESULT_SECTIONS = ("model", "masks", "objective", "optim", "data")
+# Which weights, images and masks, and which steps are taken back or are the last.
+_RESULTS_OF_RUN = ("seed", "init_from", "on_spike", "max_bad_steps")
+# Of DeepSpeed's own settings those that only tell, and those that only say where and in which pieces the
+# same sums are taken. All others are held to change results.
+_TELLING = (
+    "steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler comms_logger "
+    "monitor_config tensorboard wandb csv_monitor comet aio"
+)
+_CUTTING = (
+    "allgather_bucket_size allgather_partitions reduce_bucket_size reduce_scatter overlap_comm "
+    "contiguous_gradients round_robin_gradients sub_group_size stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_param_persistence_threshold stage3_model_persistence_threshold "
+    "stage3_prefetch_bucket_size offload_optimizer offload_param"
+)
 
 
 class ConfigError(ValueError):
@@ -192,10 +206,20 @@ class Config:
         whole = self.to_dict()
         part = {name: whole[name] for name in RESULT_SECTIONS}
         part["data"] = {k: v for k, v in whole["data"].items() if k not in ("root", "probe_root")}  # may move
-        return part | {
-            "run": {"seed": self.run.seed, "init_from": self.run.init_from},
-            "deepspeed": whole["deepspeed"],
-        }
+        part["run"] = {name: whole["run"][name] for name in _RESULTS_OF_RUN}
+        own = self.optim.precision if self.speed.target_precision == "auto" else self.speed.target_precision
+        return part | {"speed": {"target_precision": own}, "deepspeed": _deciding(whole["deepspeed"])}
+
+
+def _deciding(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """What of the `deepspeed` section may change results."""
+    found = {name: value for name, value in deepspeed.items() if name not in _TELLING.split()}
+    zero = found.get("zero_optimization")
+    if isinstance(zero, dict):
+        found["zero_optimization"] = {k: v for k, v in zero.items() if k not in _CUTTING.split()}
+        if not found["zero_optimization"]:
+            del found["zero_optimization"]
+    return found
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

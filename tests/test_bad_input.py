@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa.engine.checkpoints.checkpoint import newest_good, verify_checkpoint
+from fastjepa.engine.checkpoints.verify import newest_good, verify_checkpoint
 from fastjepa.train import main
 
 if TYPE_CHECKING:

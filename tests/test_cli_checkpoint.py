@@ -1,6 +1,7 @@
 """`fastjepa checkpoint`: what there is, whether it is good, and what may go."""
 
 import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from fastjepa.engine.checkpoints.checkpoint import (
     state_of,
     step_of,
 )
-from fastjepa.engine.checkpoints.listing import age_of
+from fastjepa.engine.checkpoints.keep import Keep
+from fastjepa.engine.checkpoints.listing import age_of, carry_out, describe, plan_pruning
+from fastjepa.engine.checkpoints.tensorfile import Fingerprint, fingerprint
 from fastjepa.engine.checkpoints.write import write_checkpoint
 
 VERSIONS = {"fastjepa": "0.1.0", "torch": "2.14.1"}
@@ -116,6 +119,97 @@ def test_prune_leaves_what_a_run_is_writing(run: Path, capsys: pytest.CaptureFix
     assert f"step_00000060.tmp stays: a run is training in {run}\n" in capsys.readouterr().out
     assert [path.name for path in run.rglob("*.tmp")] == ["step_00000060.tmp"]
     assert steps(run) == [40, 50]
+
+
+@pytest.mark.parametrize("at", ["checkpoints", "checkpoints/step_00000030"])
+def test_the_folder_one_stands_in(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.chdir(run / at)
+    assert main(["checkpoint", "verify", "."]) == 0
+    assert capsys.readouterr().out.count(" is good\n") == (5 if at == "checkpoints" else 1)
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["checkpoint", "prune", ".", "--keep-last", "5"]) == 0
+    assert (run / "checkpoints" / "step_00000060.tmp").exists(), "a run is writing it"
+
+
+def test_without_a_lock_nobody_can_say_whether_a_run_is_writing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / ".lock").unlink()
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert f"step_00000060.tmp stays: there is no {run / '.lock'}" in capsys.readouterr().out
+    assert (run / "checkpoints" / "step_00000060.tmp").exists()
+    assert steps(run) == [50]
+
+
+def test_by_way_of_a_link(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    link = tmp_path_factory.mktemp("elsewhere") / "link"
+    link.symlink_to(run / "checkpoints")
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["checkpoint", "prune", str(link), "--keep-last", "5"]) == 0
+    assert (run / "checkpoints" / "step_00000060.tmp").exists()
+
+
+def test_damaged_ones_do_not_count(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(run, 40)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "2"]) == 0
+    assert "differs from the manifest; left as it is" in capsys.readouterr().out
+    assert steps(run) == [30, 40, 50]
+
+
+def test_what_another_version_wrote_stays(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (20, 50):
+        path = checkpoint_path(run / "checkpoints", step)
+        for file in path.iterdir():
+            file.unlink()
+        (path / "state.json").write_text('{"format": 2, "versions": {"fastjepa": "9.1"}}')
+        (path / "shards").mkdir()
+    assert main(["checkpoint", "ls", str(run)]) == 0
+    assert capsys.readouterr().out.count("no: of another version") == 2
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    said = capsys.readouterr()
+    assert "step_00000050 has checkpoint format 2, this version reads 1: use the fastjepa 9.1" in said.out
+    assert said.err == "error: 0 of 5 checkpoints are damaged, 2 of another version\n"
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert steps(run) == [20, 40, 50]
+
+
+def test_what_a_run_deletes_meanwhile_is_no_damage(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process deletes the oldest ones while the newest is read."""
+    from fastjepa.engine.checkpoints import verify
+
+    def read(path: Path) -> Fingerprint:
+        for step in (10, 20):
+            shutil.rmtree(checkpoint_path(run / "checkpoints", step), ignore_errors=True)
+        return fingerprint(path)
+
+    monkeypatch.setattr(verify, "fingerprint", read)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" is good\n") == 3
+    assert said.count(" is gone: deleted while it was to be read\n") == 2
+
+
+def test_pruning_goes_on_past_what_is_gone_already(run: Path) -> None:
+    directory = run / "checkpoints"
+    planned = plan_pruning(directory, Keep(1))
+    shutil.rmtree(checkpoint_path(directory, 40))
+    assert describe(checkpoint_path(directory, 40)) is None
+    done = carry_out(directory, planned)
+    assert steps(run) == [50]
+    assert done.notes == [f"{checkpoint_path(directory, 40)} is gone already"]
+
+
+def test_verifying_nothing_is_no_success(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(path)
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    assert "nothing was verified: " in capsys.readouterr().err
 
 
 def test_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

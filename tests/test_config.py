@@ -209,9 +209,19 @@ def test_only_what_changes_results_is_part_of_them(section: str, key: str) -> No
     decides = section in ("model", "masks", "objective", "optim", "data") or (section, key) in (
         ("run", "seed"),
         ("run", "init_from"),
+        ("run", "on_spike"),
+        ("run", "max_bad_steps"),
+        ("speed", "target_precision"),
     )
     may_move = section == "data" and key in ("root", "probe_root")
     assert differs == (decides and not may_move)
+
+
+def test_the_students_precision_by_its_name_is_no_other() -> None:
+    auto, told = Config().results_part(), load_config(None, ["speed.target_precision=bf16"]).results_part()
+    assert differences(auto, told) == []
+    fp8 = load_config(None, ["speed.target_precision=fp8"]).results_part()
+    assert differences(auto, fp8) == ["speed.target_precision: bf16 -> fp8"]
 
 
 def test_what_deepspeed_is_told_is_part_of_the_results_but_may_not_contradict_the_rest() -> None:
@@ -219,6 +229,10 @@ def test_what_deepspeed_is_told_is_part_of_the_results_but_may_not_contradict_th
     assert differences(Config().results_part(), told.results_part()) == [
         "deepspeed.communication_data_type: None -> fp32"
     ]
+    zero = load_config(None, ["deepspeed.zero_optimization.zero_quantized_gradients=true"])
+    assert len(differences(Config().results_part(), zero.results_part())) == 1
+    talk = ["deepspeed.steps_per_print=3", "deepspeed.zero_optimization.reduce_bucket_size=1000"]
+    assert not differences(Config().results_part(), load_config(None, talk).results_part())
     for key, ours in (
         ("train_batch_size=7", "optim.global_batch"),
         ("zero_optimization.stage=3", "speed.zero_stage"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fastjepa.engine.checkpoints.checkpoint import newest_good
+from fastjepa.engine.checkpoints.verify import newest_good
 from fastjepa.engine.single import SingleDevice
 from fastjepa.train import main
 from tests.faults.evidence import Watched, Witness

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fastjepa.engine.checkpoints.checkpoint import CheckpointError
-    from fastjepa.engine.checkpoints.listing import checkpoints_of
+    from fastjepa.engine.checkpoints.checkpoint import CheckpointError, list_checkpoints
+    from fastjepa.engine.checkpoints.listing import checkpoints_of, is_checkpoint
 
+    source = options.source.resolve()
     try:
-        directory = checkpoints_of(options.source)
+        directory = checkpoints_of(source)
         if options.action == "ls":
             return _list(directory)
         if options.action == "verify":
-            is_one = options.source.name.startswith("step_") and options.source.is_dir()
-            return _verify([options.source] if is_one else directory)
+            return _verify([source] if is_checkpoint(source) else list_checkpoints(directory), directory)
         return _prune(directory, options.keep_last, options.keep_every, dry_run=options.dry_run)
     except (CheckpointError, OSError) as error:
         return refuse(error)
@@ -49,23 +50,37 @@ def _list(directory: Path) -> int:
     from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
     from fastjepa.engine.checkpoints.listing import describe, table
 
-    print("\n".join(table([describe(path) for path in list_checkpoints(directory)], time.time())))
+    looked_at = [describe(path) for path in list_checkpoints(directory)]
+    print("\n".join(table([found for found in looked_at if found is not None], time.time())))
     for path in sorted(directory.glob("step_*.tmp")):
         print(f"{path} is being written, or was when its run was killed")
+    for path in sorted(directory.glob("step_*.aside*")):
+        print(f"{path} was in the way of a new checkpoint, and is for you to delete")
     return 0
 
 
-def _verify(which: Path | list[Path]) -> int:
-    from fastjepa.engine.checkpoints.checkpoint import damage_of, list_checkpoints
+def _verify(paths: Sequence[Path], directory: Path) -> int:
+    from fastjepa.engine.checkpoints.checkpoint import OtherVersion
+    from fastjepa.engine.checkpoints.verify import damage_of
 
-    paths = which if isinstance(which, list) else list_checkpoints(which)
-    damaged = 0
+    good = damaged = unknown = 0
     for path in paths:
-        lines = damage_of(path)
-        damaged += bool(lines)
+        try:
+            lines = damage_of(path)
+        except OtherVersion as error:
+            unknown += 1
+            lines = [str(error)]
+        else:
+            if not path.is_dir():  # a run deletes old ones while one reads
+                print(f"{path} is gone: deleted while it was to be read", flush=True)
+                continue
+            good, damaged = good + (not lines), damaged + bool(lines)
         print("\n".join(lines) if lines else f"{path} is good", flush=True)
-    if damaged:
-        return refuse(f"{damaged} of {len(paths)} checkpoints are damaged")
+    if damaged or unknown:
+        others = f", {unknown} of another version" if unknown else ""
+        return refuse(f"{damaged} of {len(paths)} checkpoints are damaged{others}")
+    if not good:
+        return refuse(f"nothing was verified: {directory} holds no complete checkpoint")
     return 0
 
 

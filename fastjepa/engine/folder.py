@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, ConfigError, differences, parse_config
 from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
+from fastjepa.engine.checkpoints.write import make_folder
 from fastjepa.masks import Masks
 
 Json = dict[str, Any]
@@ -51,6 +52,8 @@ class RunFolder:
     def open(self, config: Config) -> TextIO:
         """Make the folder, or take it up again.
 
+        The configuration of a run that is there already stays until `write_config`: it may yet be refused.
+
         Returns:
             A file whose lock keeps other processes out while it is open.
 
@@ -58,23 +61,38 @@ class RunFolder:
             ConfigError: it cannot be written, is in use, or holds a run of another configuration.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             if config.run.resume == "never":
                 self._check_nothing_saved()
             if self.config.exists() and config.run.resume != "force":
                 self._check_same_run(config)
             lock = (self.path / ".lock").open("a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            replace_text(self.config, config.to_yaml())
+            if not self.config.exists() and not list_checkpoints(self.checkpoints):
+                replace_text(self.config, config.to_yaml())
         except BlockingIOError as error:
             raise ConfigError(
                 f"another process is training in {self.path}: wait for it, end it, or choose another run.dir"
             ) from error
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to the run folder {self.path}: {error.strerror}; choose another run.dir"
-            ) from error
+            raise self._cannot_write(error) from error
         return lock
+
+    def write_config(self, config: Config) -> None:
+        """From now on these are the settings of the run.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            replace_text(self.config, config.to_yaml())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"cannot write to the run folder {self.path}: {error.strerror}; choose another run.dir"
+        )
 
     def _check_same_run(self, config: Config) -> None:
         try:

@@ -181,7 +181,7 @@ class Learner:
     def encoders(self) -> "Encoders":
         """What can be judged, whole on rank 0 (every rank must call this).
 
-        At ZeRO 3 they are copies there, of which the other ranks get empty ones.
+        At ZeRO 3 they are copies there, and the other ranks have none.
         """
         model = self.model
         target = model.target_encoder if isinstance(model, JEPA) else None
@@ -194,8 +194,15 @@ class Learner:
         return Encoders(context, _whole_copy(model.encoder, self.target.gather_shadow()))
 
     def is_finite(self) -> Tensor:
-        """0-d bool on the device: whether this rank's master weights are all finite."""
-        return torch.stack([torch.isfinite(p.master).all() for p in self.partitions]).all()
+        """0-d bool on the device: whether this rank's master weights are all finite.
+
+        By the smallest and the largest: `isfinite` would take 7 bytes for each element for a moment.
+        """
+        masters = [partition.master for partition in self.partitions if partition.master.numel()]
+        ends = [end for master in masters for end in torch.aminmax(master)]  # nan, if one element is
+        if not ends:
+            return torch.ones((), dtype=torch.bool)
+        return torch.stack(ends).isfinite().all()
 
     def parts(self) -> dict[str, Parts]:
         """Weights, moments and shadow as this rank has them, by the name of their file in a checkpoint."""
@@ -250,10 +257,18 @@ def _forget_sums(engine: ZeroEngine) -> None:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Those of a learner: the context encoder, or that of MAE, and the target encoder of JEPA."""
+    """Those of a learner: the context encoder, or that of MAE, and the target encoder of JEPA.
 
-    context: VisionTransformer
+    Where rank 0 has the only whole copies, neither is there on the other ranks, which do not judge.
+    """
+
+    _context: VisionTransformer | None
     target: VisionTransformer | None
+
+    @property
+    def context(self) -> VisionTransformer:
+        assert self._context is not None, "rank 0 alone has whole encoders"
+        return self._context
 
     @property
     def judged(self) -> VisionTransformer:
@@ -261,12 +276,16 @@ class Encoders:
         return self.context if self.target is None else self.target
 
 
-def _whole_copy(encoder: VisionTransformer, weights: Named) -> VisionTransformer:
-    """An encoder of the same shape, place and precision, with weights named as in the student."""
+def _whole_copy(encoder: VisionTransformer, weights: Named) -> VisionTransformer | None:
+    """An encoder of the same shape, place and precision, with weights named as in the student.
+
+    None where none were gathered: on all ranks but 0.
+    """
+    if not weights:
+        return None
     copy = VisionTransformer(encoder.shape, encoder.pixel_mean, encoder.pixel_std)
-    if weights:  # on rank 0
-        here = {name.removeprefix(ENCODER): weight for name, weight in weights.items()}
-        copy.load_state_dict(here | {"pos_embed": copy.pos_embed})
+    here = {name.removeprefix(ENCODER): weight for name, weight in weights.items()}
+    copy.load_state_dict(here | {"pos_embed": copy.pos_embed})
     return copy.to(encoder.pos_embed)
 
 

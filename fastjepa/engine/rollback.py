@@ -13,14 +13,15 @@ from pathlib import Path
 
 from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
-    checkpoint_path,
+    is_of_other_version,
     list_checkpoints,
     load_checkpoint,
     step_of,
-    verify_checkpoint,
 )
-from fastjepa.engine.checkpoints.keep import set_aside
+from fastjepa.engine.checkpoints.keep import put_away, set_aside
+from fastjepa.engine.checkpoints.verify import verify_checkpoint
 from fastjepa.engine.learner import Learner
+from fastjepa.engine.processes.activity import Doing
 from fastjepa.engine.run import Run
 from fastjepa.engine.spikes import IN_A_ROW, Spike, may_roll_back
 
@@ -31,11 +32,12 @@ def heed_spike(run: Run, learner: Learner, spike: Spike) -> bool:
     Raises:
         CheckpointError: the checkpoint to go back to cannot be read after all.
     """
-    step = _where_to(run, spike)
-    if step is not None:
+    found = _where_to(run, spike)
+    step = None if found is None else step_of(found)
+    if found is not None and step is not None:
         seen = run.position.step - step
         run.console.warn(f"{spike}: going back to step {step}, and on without the data of {seen} steps")
-        _go_back(run, learner, step, spike)
+        _go_back(run, learner, found, spike)
     if run.world.is_main:
         run.judgement.write(
             {
@@ -50,8 +52,8 @@ def heed_spike(run: Run, learner: Learner, spike: Spike) -> bool:
     return step is not None
 
 
-def _where_to(run: Run, spike: Spike) -> int | None:
-    """The step to go back to, alike on all ranks; None, with a warning, where the run goes on."""
+def _where_to(run: Run, spike: Spike) -> Path | None:
+    """The checkpoint to go back to, alike on all ranks; None, with a warning, where the run goes on."""
     if run.config.run.on_spike != "rollback":
         run.console.warn(f"{spike}. {run.last_good()}")
         return None
@@ -61,16 +63,17 @@ def _where_to(run: Run, spike: Spike) -> int | None:
             "going on. A lower optim.lr, a longer warm-up or optim.clip_grad may help."
         )
         return None
-    run.hear_of_save()
-    found = run.world.on_main(lambda: _newest_before(run, spike))
-    step = run.world.worst(-1 if found is None else found)
-    if step < 0:
+    with run.world.activity.during(Doing.SAVING):  # or reading, which may take as long
+        run.hear_of_save()
+        found = run.world.on_main(lambda: _newest_before(run, spike))
+        (name, *_) = run.world.gather(None if found is None else found.name)
+    if name is None:
         run.console.warn(f"{spike}, and there is no good checkpoint from before it to go back to: going on")
         return None
-    return step
+    return run.folder.checkpoints / name
 
 
-def _newest_before(run: Run, spike: Spike) -> int | None:
+def _newest_before(run: Run, spike: Spike) -> Path | None:
     """The last steps before a spike may have led to it: they are not gone back into."""
     for path in list_checkpoints(run.folder.checkpoints):
         if step_of(path) < spike.step - IN_A_ROW:
@@ -79,15 +82,16 @@ def _newest_before(run: Run, spike: Spike) -> int | None:
             except CheckpointError as error:
                 run.console.warn(f"{error}; taking the one before it")
             else:
-                return step_of(path)
+                return path
     return None
 
 
-def _go_back(run: Run, learner: Learner, step: int, spike: Spike) -> None:
-    checkpoint = load_checkpoint(checkpoint_path(run.folder.checkpoints, step))
-    there, now = checkpoint.position, run.position
-    tensors = checkpoint.tensors
-    learner.load(tensors["student"], tensors.get("target"), tensors, there.updates)
+def _go_back(run: Run, learner: Learner, path: Path, spike: Spike) -> None:
+    with run.world.activity.during(Doing.SAVING):  # or reading
+        checkpoint = load_checkpoint(path)
+        there, now = checkpoint.position, run.position
+        tensors = checkpoint.tensors
+        learner.load(tensors["student"], tensors.get("target"), tensors, there.updates)
     run.losses.go_back(there)
     run.position = replace(
         there,
@@ -95,12 +99,12 @@ def _go_back(run: Run, learner: Learner, step: int, spike: Spike) -> None:
         train_s=now.train_s,
         dataset_images=now.dataset_images,
         micro_batch=now.micro_batch,
-        passed_over=now.passed_over + now.step - step,
+        passed_over=now.passed_over + now.step - there.step,
         rolled_back=spike.step,
     )
-    run.saved_step = step
+    run.went_back(path, there.step)
     run.cut_metrics()
-    run.world.on_main(lambda: _discard_after(run, step))
+    run.world.on_main(lambda: _discard_after(run, there.step))
 
 
 def _discard_after(run: Run, step: int) -> None:
@@ -111,4 +115,7 @@ def _discard_after(run: Run, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(set_aside(path), ignore_errors=True)
+    if is_of_other_version(path):
+        put_away(path)
+    else:
+        shutil.rmtree(set_aside(path), ignore_errors=True)

@@ -18,13 +18,14 @@ from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
     Position,
     checkpoint_path,
+    list_checkpoints,
     load_checkpoint,
-    newest_good,
     state_of,
 )
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.resume import check_continues, check_fits
 from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
+from fastjepa.engine.checkpoints.verify import newest_good
 from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import Progress, RunConsole
 from fastjepa.engine.folder import RunFolder, versions
@@ -33,6 +34,7 @@ from fastjepa.engine.judgement import Judgement
 from fastjepa.engine.learner import Encoders, Learner
 from fastjepa.engine.losses import LossWatch
 from fastjepa.engine.metrics import MetricsFile
+from fastjepa.engine.processes.activity import Doing
 from fastjepa.engine.processes.stopping import NonFinite, StopRequest
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
@@ -68,6 +70,8 @@ class Run:
     saved_step: int = 0
     _saver: Saver | None = field(default=None, repr=False)
     _saving_step: int = 0
+    _saved: Path | None = None  # that checkpoint, which need not bear the name that it would get here
+    _damaged: frozenset[Path] = frozenset()  # checkpoints that were found to be, on rank 0
 
     def __post_init__(self) -> None:
         micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
@@ -103,17 +107,27 @@ class Run:
         self.world.on_main(lambda: self.judgement.baselines(model, self.position))
 
     def resume(self, learner: Learner) -> None:
-        """Take up the newest good checkpoint of the folder, if there is one.
+        """Take up the newest good checkpoint of the folder, if there is one, and be ready to save.
+
+        From then on the run is one of these settings, and its config.yaml says so.
 
         Raises:
-            CheckpointError: no checkpoint of several is good, or the newest good one is of another run.
+            CheckpointError: no checkpoint of several is good, the newest good one is of another run, or the
+                host has not the memory that saving takes.
         """
+        with self.world.activity.during(Doing.SAVING):  # or reading, which may take as long
+            self._take_up(learner)
+            self._saver = start_saver(learner.parts(), self.world)
+        self.world.on_main(lambda: self.folder.write_config(self.config))
+        self.cut_metrics()
+
+    def _take_up(self, learner: Learner) -> None:
         found, damaged = self.world.on_main(self._newest_good) or (None, [])
         for line in damaged:
             self.console.warn(f"{line}; taking the one before it")
-        step = self.world.worst(-1 if found is None else int(found.name.removeprefix("step_")))
-        if step >= 0:
-            checkpoint = load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
+        (name, *_) = self.world.gather(None if found is None else found.name)
+        if name is not None:
+            checkpoint = load_checkpoint(self.folder.checkpoints / name)
             for line in check_continues(checkpoint, self.position, self.config):
                 self.console.warn(line)
             check_fits(checkpoint, learner.shapes())
@@ -122,9 +136,9 @@ class Run:
             self.recorder.earlier = checkpoint.position.losses
             here = {"dataset_images": self.position.dataset_images, "micro_batch": self.position.micro_batch}
             self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()} | here)
-            self.saved_step = step
-            self.console.say(f"Resuming at step {step} of {self.schedule.steps} from {checkpoint.path}")
-        self.cut_metrics()
+            self.saved_step, self._saved = self.position.step, checkpoint.path
+            where = f"step {self.position.step} of {self.schedule.steps}"
+            self.console.say(f"Resuming at {where} from {checkpoint.path}")
 
     def cut_metrics(self) -> None:
         """Drop the rows after the present position, which come again."""
@@ -142,7 +156,13 @@ class Run:
                 f"no checkpoint in {self.folder.checkpoints} can be used; repair one, or delete them to "
                 f"start over:{listing}"
             )
+        present = list_checkpoints(self.folder.checkpoints)
+        self._damaged = frozenset(present if found is None else present[: present.index(found)])
         return found, damaged
+
+    def went_back(self, checkpoint: Path, step: int) -> None:
+        """Note that a checkpoint was taken up again."""
+        self.saved_step, self._saved = step, checkpoint
 
     def save(self, learner: Learner) -> None:
         """Begin a checkpoint of the present position, once the one before is written.
@@ -158,13 +178,12 @@ class Run:
             raise NonFinite(f"the weights are not finite after step {position.step}. {self.last_good()}")
         self.hear_of_save()
         parts, run = learner.parts(), self.config.run
-        if self._saver is None:
-            self._saver = start_saver(parts, self.world)
+        assert self._saver is not None, "resume before you save"
         stage = learner.zero_stage
         state = state_of(position, self.config.to_dict(), versions(), self.world.size, stage)
         keep = Keep(run.keep_last, run.keep_every)
         self._saving_step = position.step
-        self._saver.start(parts, Job(self.folder.checkpoints, position.step, state, keep))
+        self._saver.start(parts, Job(self.folder.checkpoints, position.step, state, keep, self._damaged))
 
     def save_last(self, learner: Learner) -> bool:
         """See the present position on the disk; False, with a warning, if it cannot be written.
@@ -192,16 +211,21 @@ class Run:
         step, self._saving_step = self._saving_step, 0
         failure = self._saver.wait()
         if failure is None:
-            self.saved_step = step
+            self.saved_step, self._saved = step, checkpoint_path(self.folder.checkpoints, step)
+            self._damaged -= {self._saved}
             self.judgement.disk.works(self.folder.checkpoints)
         elif self.judgement.disk.is_news(self.folder.checkpoints):
-            self.console.warn(f"checkpoint not written: step {step}: {failure}. {self.last_good()}")
+            self.console.warn(f"checkpoint not written: step {step}: {failure}. {self._newest()}")
 
     def last_good(self) -> str:
-        """A sentence that points to the newest checkpoint."""
-        self.hear_of_save()
-        if self.saved_step:
-            return f"The last good checkpoint is {checkpoint_path(self.folder.checkpoints, self.saved_step)}."
+        """A sentence that points to the newest checkpoint; waits for the one under way."""
+        with self.world.activity.during(Doing.SAVING):
+            self.hear_of_save()
+        return self._newest()
+
+    def _newest(self) -> str:
+        if self._saved is not None:
+            return f"The last good checkpoint is {self._saved}."
         return "There is no checkpoint yet."
 
     def __enter__(self) -> "Run":

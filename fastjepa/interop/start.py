@@ -3,16 +3,10 @@
 from pathlib import Path
 from typing import cast
 
-from fastjepa.config import ConfigError, parse_config
+from fastjepa.config import Config, ConfigError, parse_config
 from fastjepa.engine.build import build_heads, build_model
-from fastjepa.engine.checkpoints.checkpoint import (
-    STATE,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    newest_good,
-    verify_checkpoint,
-)
+from fastjepa.engine.checkpoints.checkpoint import STATE, Checkpoint, CheckpointError, load_checkpoint
+from fastjepa.engine.checkpoints.verify import newest_good, verify_checkpoint
 from fastjepa.interop.official import load_strict
 from fastjepa.interop.published import State, read_published
 from fastjepa.models import HEADS_OF_WIDTH
@@ -32,7 +26,7 @@ def load_initial_weights(model: JEPA | MAE, source: str) -> None:
     try:
         if path.is_dir():
             checkpoint = load_checkpoint(find_checkpoint(path))
-            _check_heads(model, build_heads(parse_config(checkpoint.config)))
+            _check_heads(model, build_heads(_config_of(checkpoint)))
             states = _states_of(checkpoint)
         else:
             states = _from_file(path)
@@ -52,9 +46,19 @@ def load_trained(source: Path) -> tuple[JEPA | MAE, Path]:
         ConfigError: its configuration is of a version that this one does not understand.
     """
     checkpoint = load_checkpoint(find_checkpoint(source))
-    model = build_model(parse_config(checkpoint.config))
+    model = build_model(_config_of(checkpoint))
     _load(model, _states_of(checkpoint))
     return model, checkpoint.path
+
+
+def _config_of(checkpoint: Checkpoint) -> Config:
+    try:
+        return parse_config(checkpoint.config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{checkpoint.path} has settings that this version cannot read ({error}): use the "
+            f"{checkpoint.writer} that wrote it"
+        ) from error
 
 
 def find_checkpoint(path: Path) -> Path:

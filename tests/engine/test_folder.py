@@ -35,6 +35,8 @@ def test_same_run_is_taken_up_again_with_what_changes_no_result(tmp_path: Path) 
     folder.open(Config()).close()
     again = load_config(None, ["speed.workers=9", "run.log_every=3", "probe.bank=7", "data.root=/moved"])
     folder.open(again).close()
+    assert load_config(folder.config) == Config(), "it may yet be refused"
+    folder.write_config(again)
     assert load_config(folder.config) == again
     assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "config.yaml"]
 

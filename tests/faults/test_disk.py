@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.engine.checkpoints.checkpoint import verify_checkpoint
+from fastjepa.engine.checkpoints.verify import verify_checkpoint
 from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results
 from tests.faults.table import Row
 

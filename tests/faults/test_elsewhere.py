@@ -106,3 +106,18 @@ def test_two_ranks_and_two_again(
     row.hold_against(watched, reference)
     ours, expected = (tensors(run.trainer.run, STEPS) for run in (watched, reference))
     assert differing_bytes(ours, expected) == 0
+
+
+@pytest.mark.slow_fault
+def test_two_ranks_with_cut_weights(
+    watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
+) -> None:
+    """The weights that the network computes with are put back too, and not only the masters."""
+    row = table("two ranks resumed by two, at ZeRO 3", "same bits")
+    run = (*RUN, "speed.zero_stage=3")
+    reference = uninterrupted(*run, launcher=tuple(torchrun(2)))
+    go_through(watched, run, [(2, ()), (2, ("speed.workers=2",))])
+    row.times += 1
+    row.hold_against(watched, reference)
+    ours, expected = (tensors(run.trainer.run, STEPS) for run in (watched, reference))
+    assert differing_bytes(ours, expected) == 0

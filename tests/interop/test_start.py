@@ -10,13 +10,8 @@ from torch import Tensor
 
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.engine.build import build_model
-from fastjepa.engine.checkpoints.checkpoint import (
-    CheckpointError,
-    Position,
-    load_checkpoint,
-    newest_good,
-    state_of,
-)
+from fastjepa.engine.checkpoints.checkpoint import CheckpointError, Position, load_checkpoint, state_of
+from fastjepa.engine.checkpoints.verify import newest_good
 from fastjepa.engine.checkpoints.write import write_checkpoint
 from fastjepa.interop import load_initial_weights, save_official
 from fastjepa.interop.start import find_checkpoint, load_trained

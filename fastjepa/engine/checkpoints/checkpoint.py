@@ -13,22 +13,29 @@ Nothing in it is a pickle.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from fastjepa.engine.checkpoints.tensorfile import Fingerprint, TensorFile, TensorFileError, fingerprint
+from fastjepa.engine.checkpoints.tensorfile import TensorFile, TensorFileError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_WORDS = {int: "a whole number of at least 0", float: "a number of at least 0"}
+_LIST = "a list of numbers"
+_NAME = re.compile(r"step_(\d+)", re.ASCII)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message names the file and what to do."""
+
+
+class OtherVersion(CheckpointError):
+    """A checkpoint of another version of fastjepa: good there, so it is neither passed over nor deleted."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Checkpoint:
     position: Position
     config: dict[str, Any]
     tensors: dict[str, TensorFile]  # student, exp_avg, exp_avg_sq, and target for JEPA
+    writer: str = "fastjepa"  # and its version
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -98,8 +106,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, newest first, not yet verified."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
+    found = [p for p in directory.glob("step_*") if is_named(p) and p.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def is_named(path: Path) -> bool:
+    """Whether the name of a path is that of a complete checkpoint."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def step_of(path: Path) -> int:
@@ -107,85 +120,20 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line about each newer one that does not."""
-    damaged: list[str] = []
-    for path in list_checkpoints(directory):
-        try:
-            verify_checkpoint(path)
-            return path, damaged
-        except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file of a checkpoint with the manifest.
-
-    Raises:
-        CheckpointError: files are missing, changed or not vouched for; the message names them.
-    """
-    wrong = damage_of(path)
-    if wrong:
-        raise CheckpointError("; ".join(wrong))
-
-
-def damage_of(path: Path) -> list[str]:
-    """A line about each file of a checkpoint that is not as its manifest says; every byte is read."""
-    try:
-        manifest = _read_manifest(path)
-    except OSError as error:
-        return [f"{path} is incomplete: {error}"]
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        return [f"{path / MANIFEST} is damaged: {error}"]
-    wrong = [f"{path / name} is not in the manifest" for name in sorted(_files_of(path) - manifest.keys())]
-    # Hashing is most of it, and leaves the others their turn.
-    with ThreadPoolExecutor(min(8, len(manifest))) as threads:
-        return wrong + [line for line in threads.map(partial(_damage, path), manifest.items()) if line]
-
-
-def _damage(path: Path, entry: tuple[str, Fingerprint]) -> str | None:
-    name, expected = entry
-    try:
-        size = (path / name).stat().st_size
-        if size != expected.bytes:
-            return f"{path / name} is damaged: {size} bytes, {expected.bytes} in the manifest"
-        if fingerprint(path / name) != expected:
-            return f"{path / name} is damaged: it differs from the manifest"
-    except OSError as error:
-        return f"{path} is incomplete: {error}"
-    return None
-
-
-def _read_manifest(path: Path) -> dict[str, Fingerprint]:
-    entries = json.loads((path / MANIFEST).read_text())
-    manifest = {name: Fingerprint(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    for name in (STATE, "student.safetensors"):
-        if name not in manifest:
-            raise ValueError(f"it does not list {name}")
-    for name in manifest:
-        if Path(name).name != name:
-            raise ValueError(f"it lists {name}, which is no file of a checkpoint")
-    return manifest
-
-
-def _files_of(path: Path) -> set[str]:
-    return {file.name for file in path.glob("*.safetensors")}
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """What state.json of a checkpoint says.
 
     Raises:
-        CheckpointError: it is of an unknown format, or cannot be read.
+        OtherVersion: it is of another format.
+        CheckpointError: it cannot be read.
     """
     file = path / STATE
     try:
         state: dict[str, Any] = json.loads(file.read_text())
         if state["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}: use the "
-                f"fastjepa that wrote it ({state['versions'].get('fastjepa', 'unknown')})"
+            raise OtherVersion(
+                f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}: "
+                f"{_use_writer(path, state)}"
             )
         return state
     except OSError as error:
@@ -194,24 +142,79 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
+def load_position(path: Path) -> tuple[dict[str, Any], Position]:
+    """What state.json says, and where the run was, which must be where the name of the folder says.
+
+    Raises:
+        OtherVersion: it is of another format, or of a version that notes more of a run.
+        CheckpointError: it cannot be read or holds something else, or it is of another step.
+    """
+    state, file = read_state(path), path / STATE
+    there, hints = state.get("position"), get_type_hints(Position)
+    if not isinstance(there, dict) or not isinstance(state.get("config"), dict):
+        raise CheckpointError(f"{file} is damaged: it must hold a position and a config, each with keys")
+    unknown = sorted(there.keys() - hints.keys())
+    if unknown:
+        raise OtherVersion(
+            f"{file} has position.{unknown[0]}, which this version does not know: {_use_writer(path, state)}"
+        )
+    wrong = [
+        f"position.{name} must be {_WORDS.get(hint, _LIST)}, got {there.get(name)!r}"
+        for name, hint in hints.items()
+        if (name in there or not hasattr(Position, name)) and not _is_of(hint, there.get(name))
+    ]
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {'; '.join(wrong)}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}
+    position = Position(**values)
+    if is_named(path) and step_of(path) != position.step:
+        raise CheckpointError(
+            f"{path} holds step {position.step}, as its {STATE} says, and not that of its name: rename it to "
+            f"{checkpoint_path(path.parent, position.step).name}, or delete it"
+        )
+    return state, position
+
+
+def is_of_other_version(path: Path) -> bool:
+    """As far as the state.json of a checkpoint tells, which alone is read."""
+    try:
+        load_position(path)
+    except OtherVersion:
+        return True
+    except CheckpointError:
+        return False
+    return False
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a JSON value is a count, a duration, or a list of losses."""
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
+    return isinstance(value, list) and all(type(item) in (int, float) for item in value)
+
+
+def _use_writer(path: Path, state: Mapping[str, Any]) -> str:
+    return f"use the {_writer(state.get('versions'))} that wrote it, or move it out of {path.parent}"
+
+
+def _writer(versions: object) -> str:
+    version = versions.get("fastjepa") if isinstance(versions, dict) else None
+    return "fastjepa" if version is None else f"fastjepa {version}"
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, verified before. Its tensors are read where they are looked at.
 
     Raises:
-        CheckpointError: it is of an unknown format, a file cannot be read or holds something else.
+        CheckpointError: as `load_position` does, or a file cannot be read or holds something else.
     """
-    state = read_state(path)
+    state, position = load_position(path)
     try:
-        there = state["position"]
-        lists = {"losses": tuple(there["losses"]), "recent": tuple(there.get("recent", ()))}
-        position = Position(**there | lists)
-        config = state["config"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged: {error}") from error
-    try:
-        tensors = {Path(name).stem: TensorFile(path / name) for name in sorted(_files_of(path))}
+        tensors = {file.stem: TensorFile(file) for file in sorted(path.glob("*.safetensors"))}
     except OSError as error:
         raise CheckpointError(f"{path} is incomplete: {error}") from error
     except TensorFileError as error:
         raise CheckpointError(f"{error}; take another checkpoint, or copy this one again") from error
-    return Checkpoint(path, position, config, tensors)
+    return Checkpoint(path, position, state["config"], tensors, _writer(state.get("versions")))

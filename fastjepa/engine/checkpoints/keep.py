@@ -1,12 +1,12 @@
 """Which checkpoints stay: the newest few for ever newer ones, and some for ever."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastjepa.engine.checkpoints.checkpoint import list_checkpoints, step_of
+from fastjepa.engine.checkpoints.checkpoint import is_of_other_version, list_checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,52 @@ class Keep:
             why[step] = "newest" if place == 1 else f"one of the last {self.last}"
         return why
 
+    def reprieves(self, step: int, oldest: int) -> bool:
+        """Whether a damaged one stays: newer than the oldest of the last, or for ever."""
+        return step > oldest or bool(self.every and step % self.every == 0)
 
-def superfluous(directory: Path, newest_good: int, keep: Keep) -> list[Path]:
+
+def superfluous(
+    directory: Path, newest_good: int, keep: Keep, damaged: Collection[Path] = frozenset()
+) -> list[Path]:
     """Checkpoints that need not stay, newest first.
 
     Args:
         directory: of checkpoints.
         newest_good: a step. Later ones are damaged: they neither count nor go.
         keep: what stays.
+        damaged: those known to be. They do not count either, and go no sooner than a good one would.
     """
     present = [path for path in list_checkpoints(directory) if step_of(path) <= newest_good]
-    stay = keep.reasons(map(step_of, present))
-    return [path for path in present if step_of(path) not in stay]
+    good = [step_of(path) for path in present if path not in damaged or step_of(path) == newest_good]
+    stay = keep.reasons(good)
+    last = good[: keep.last]
+    oldest = last[-1] if len(last) == keep.last else 0
+    return [
+        path
+        for path in present
+        if step_of(path) not in stay and not (path in damaged and keep.reprieves(step_of(path), oldest))
+    ]
 
 
-def prune(directory: Path, newest_good: int, keep: Keep) -> None:
-    """Delete what `superfluous` finds; what cannot be deleted stays."""
-    for path in superfluous(directory, newest_good, keep):
+def prune(directory: Path, newest_good: int, keep: Keep, damaged: Collection[Path] = frozenset()) -> None:
+    """Delete what `superfluous` finds; what cannot be deleted, or is of another version, stays."""
+    for path in superfluous(directory, newest_good, keep, damaged):
         with suppress(OSError):
-            shutil.rmtree(set_aside(path), ignore_errors=True)
+            if not is_of_other_version(path):
+                shutil.rmtree(set_aside(path), ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
     """Give what is about to be deleted another name: a kill half-way leaves no damaged checkpoint."""
     going = path.with_suffix(".tmp")
     return going if going == path else path.rename(going)
+
+
+def put_away(path: Path) -> Path:
+    """Give what nobody may delete another name, under which it is no checkpoint: step_N.aside, or .aside2."""
+    number, aside = 1, path.with_suffix(".aside")
+    while aside.exists():
+        number += 1
+        aside = path.with_suffix(f".aside{number}")
+    return path.rename(aside)

@@ -13,12 +13,15 @@ from fastjepa.engine.checkpoints.checkpoint import (
     MANIFEST,
     STATE,
     CheckpointError,
-    damage_of,
+    OtherVersion,
+    is_named,
+    is_of_other_version,
     list_checkpoints,
-    read_state,
+    load_position,
     step_of,
 )
 from fastjepa.engine.checkpoints.keep import Keep, set_aside, superfluous
+from fastjepa.engine.checkpoints.verify import damage_of
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 
@@ -33,7 +36,7 @@ class Described:
         written_s: when, in seconds since 1970.
         bytes: of all its files.
         lacks: what its manifest lists and is not there, or not of that size; empty if it is complete.
-        state: of its state.json; empty if that cannot be read.
+        state: of its state.json; empty if that cannot be read here.
     """
 
     path: Path
@@ -59,27 +62,40 @@ def checkpoints_of(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    path = path.resolve()  # the folder above "." is not "."
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder) or any(folder.glob("step_*.tmp")):
             return folder
-    if (path / STATE).exists() or (path / MANIFEST).exists():
+    if is_checkpoint(path):
         return path.parent
     raise CheckpointError(f"no checkpoints in {path}: give the folder of a run, or its checkpoints/")
 
 
-def describe(path: Path) -> Described:
-    """Look at one checkpoint."""
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one, perhaps a damaged one."""
+    return path.is_dir() and (is_named(path) or (path / STATE).exists() or (path / MANIFEST).exists())
+
+
+def describe(path: Path) -> Described | None:
+    """Look at one checkpoint; None if it is gone, as a run deletes them while one looks."""
+    try:
+        written_s = path.stat().st_mtime
+        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    except FileNotFoundError:
+        return None
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         lacks = tuple(n for n, entry in manifest.items() if sizes.get(n) != entry["bytes"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         lacks = (MANIFEST,)
+    state: dict[str, Any] = {}
     try:
-        state = read_state(path)
+        state = load_position(path)[0]
+    except OtherVersion:
+        lacks = ("of another version",)
     except CheckpointError:
-        state = {}
-    return Described(path, step_of(path), path.stat().st_mtime, sum(sizes.values()), lacks, state)
+        lacks = lacks or (STATE,)
+    return Described(path, step_of(path), written_s, sum(sizes.values()), lacks, state)
 
 
 def keep_of(found: Sequence[Described]) -> Keep:
@@ -97,7 +113,7 @@ def table(found: Sequence[Described], now_s: float) -> list[str]:
     why = keep_of(found).reasons(steps)
     rows = [("step", "age", "size", "complete", "kept as", "written by")]
     for c in found:
-        complete = "yes" if not c.lacks else f"no: {', '.join(c.lacks)}"
+        complete = f"no: {', '.join(c.lacks)}" if c.lacks else "yes"
         age, size = age_of(now_s - c.written_s), f"{c.bytes / 1e6:,.1f} MB"
         rows.append((str(c.step), age, size, complete, why.get(c.step, "-"), c.writer))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -128,56 +144,78 @@ class Pruning:
 
 
 def plan_pruning(directory: Path, keep: Keep) -> Pruning:
-    """What `keep` does not keep, up to the newest checkpoint that verifies; that one always stays.
+    """What `keep` does not keep: of those that verify as many stay as it says, the newest of them always.
+
+    Checkpoints are read from the newest on until so many are found; older ones may go unread.
 
     Raises:
         CheckpointError: none of them is good, so that nothing may go.
     """
+    good: list[int] = []
+    damaged: list[Path] = []
     notes: list[str] = []
-    newest = None
     for path in list_checkpoints(directory):
-        damage = damage_of(path)
-        if not damage:
-            newest = path
+        if len(good) == keep.last:
             break
-        notes += [f"{line}; left as it is" for line in damage]
-    if newest is None and list_checkpoints(directory):
+        try:
+            damage = damage_of(path)
+        except OtherVersion as error:
+            notes.append(f"{error}; it is left as it is")
+            continue
+        if not path.is_dir():  # a run has deleted it meanwhile
+            continue
+        if damage:
+            damaged.append(path)
+            notes += [f"{line}; left as it is" for line in damage]
+        else:
+            good.append(step_of(path))
+    if not good and list_checkpoints(directory):
         raise CheckpointError(
             "; ".join([f"no checkpoint in {directory} is good: nothing is deleted", *notes])
         )
-    go = [] if newest is None else superfluous(directory, step_of(newest), keep)
+    go = superfluous(directory, good[0], keep, damaged) if good else []
+    go = [path for path in go if not is_of_other_version(path)]
     return Pruning(go + sorted(directory.glob("step_*.tmp")), notes)
 
 
 def carry_out(directory: Path, pruning: Pruning, *, dry_run: bool = False) -> Pruning:
-    """Delete; a step_*.tmp only while no run holds the folder, for it may be writing it.
+    """Delete; a step_*.tmp only while it is certain that no run holds the folder, for it may be writing it.
 
     Returns:
         What went, or would, and notes on what did not.
     """
     gone, notes = [], list(pruning.notes)
-    with _lock_of(directory.parent) as is_free:
+    with _lock_of(directory.parent) as why_not:
         for path in pruning.go:
-            if path.suffix == ".tmp" and not is_free:
-                notes.append(f"{path} stays: a run is training in {directory.parent}")
+            if path.suffix == ".tmp" and why_not is not None:
+                notes.append(f"{path} stays: {why_not}")
                 continue
             if not dry_run:
-                shutil.rmtree(set_aside(path))
+                try:
+                    shutil.rmtree(set_aside(path))
+                except FileNotFoundError:  # the run itself has deleted it
+                    if path.exists():
+                        raise
+                    notes.append(f"{path} is gone already")
+                    continue
             gone.append(path)
     return Pruning(gone, notes)
 
 
 @contextmanager
-def _lock_of(run: Path) -> Iterator[bool]:
-    """Whether no process trains in a run folder. Within it none begins to, if so."""
+def _lock_of(run: Path) -> Iterator[str | None]:
+    """None if no process trains in a run folder, and none begins to within; otherwise why that is not so."""
     file = run / ".lock"
     if not file.exists():
-        yield True
+        yield (
+            f"there is no {file} to tell whether a run is writing it; give the folder of the run, or delete "
+            "it by hand if none is"
+        )
         return
     with file.open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield f"a run is training in {run}"
             return
-        yield True
+        yield None

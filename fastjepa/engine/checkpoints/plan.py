@@ -1,20 +1,23 @@
-"""Which rank has which elements of a checkpoint's files: worked out once, and alike on every rank.
+"""Which rank has which elements of a checkpoint's files: worked out once, on rank 0.
 
 A file of a checkpoint is the whole parameters one after another, sorted by name, whatever the ranks and the
-ZeRO stage. It is cut into windows; each rank sends what it has of a window as one message, and rank 0 writes
-the pieces in their order. So no rank ever holds a whole model.
+ZeRO stage. It is cut into windows, and the windows of all files in turn into batches; each rank sends what it
+has of a batch as one message, and rank 0 writes the pieces in their order. So no rank ever holds a whole
+model. With many ranks at ZeRO 3 each has a little of every window: a batch is of more windows then.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
 
 from fastjepa.engine.partitions import Slice
 
 Shapes = Mapping[str, Sequence[int]]
-WINDOW = 2**22  # elements: 16 MiB of fp32, of which a receiving rank has a few
+WINDOW = 2**22  # elements: 16 MiB of fp32
+AT_MOST = 8  # windows in a batch
+WORTH_SENDING = 2**18  # elements, 1 MiB: a batch grows until messages are of so many on average
 
 
 class Piece(NamedTuple):
@@ -47,6 +50,49 @@ class FilePlan:
 
     shapes: dict[str, tuple[int, ...]]
     windows: tuple[Window, ...]
+
+
+@dataclass
+class Batch:
+    """Windows that travel together.
+
+    Attributes:
+        windows: each with its file, in the order in which they are written.
+        sent: by rank its pieces, each with its file, in the order of the windows: one message.
+        numel: elements of each of these messages.
+    """
+
+    windows: list[tuple[str, Window]] = field(default_factory=list)
+    sent: dict[int, list[tuple[str, Piece]]] = field(default_factory=dict)
+    numel: dict[int, int] = field(default_factory=dict)
+
+    def add(self, file: str, window: Window) -> None:
+        self.windows.append((file, window))
+        for piece in window:
+            if piece.rank in self.sent:
+                self.sent[piece.rank].append((file, piece))
+                self.numel[piece.rank] += piece.numel
+            else:
+                self.sent[piece.rank] = [(file, piece)]
+                self.numel[piece.rank] = piece.numel
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is to be sent before more is added."""
+        mean = sum(self.numel.values()) / len(self.numel)
+        return len(self.windows) >= AT_MOST or mean >= WORTH_SENDING
+
+
+def batches_of(plans: Mapping[str, FilePlan]) -> Iterator[Batch]:
+    """Every window of every file in turn, in batches."""
+    batch = Batch()
+    for file, window in in_turn(plans):
+        batch.add(file, window)
+        if batch.is_full:
+            yield batch
+            batch = Batch()
+    if batch.windows:
+        yield batch
 
 
 def plan_file(slices: Sequence[Sequence[Sequence[Slice]]], window: int = WINDOW) -> FilePlan:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastjepa.config import Config, differences, parse_config
+from fastjepa.config import Config, ConfigError, differences, parse_config
 from fastjepa.engine.checkpoints.checkpoint import Checkpoint, CheckpointError, Position
 from fastjepa.engine.checkpoints.plan import Shapes
 
@@ -34,7 +34,12 @@ def obstacles(checkpoint: Checkpoint, start: Position, config: Config) -> list[O
         config: what the run is asked to be now.
     """
     there, found = checkpoint.position, []
-    changed = differences(parse_config(checkpoint.config).results_part(), config.results_part())
+    changed: list[str] = []
+    try:
+        changed = differences(parse_config(checkpoint.config).results_part(), config.results_part())
+    except ConfigError as error:
+        what = f"has settings that this version cannot read ({error})"
+        found.append(Obstacle(what, f"use the {checkpoint.writer} that wrote it"))
     if changed:
         listing = "".join(f"\n  {line}" for line in changed)
         found.append(Obstacle("is of other settings (there -> here)", "use those", listing))

@@ -5,15 +5,22 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, checkpoint_path
+from fastjepa.engine.checkpoints.checkpoint import MANIFEST, STATE, CheckpointError, checkpoint_path
+from fastjepa.engine.checkpoints.keep import put_away
 from fastjepa.engine.checkpoints.plan import Shapes
 from fastjepa.engine.checkpoints.tensorfile import Fingerprint, HashedFile, header_of
+from fastjepa.engine.checkpoints.verify import has_damaged_files
+
+Array = npt.NDArray[np.float32]
+_MANY = 64  # arrays, beyond which joining them costs less than a call to the system for each
 
 
 class CheckpointWriter:
@@ -35,12 +42,11 @@ class CheckpointWriter:
         self._threads = {name: ThreadPoolExecutor(1, f"write {name}") for name in shapes}
         self._shapes = shapes
 
-    def write(self, file: str, tensors: Sequence[Tensor]) -> Future[None]:
-        """Append contiguous fp32 tensors to a file; they may not change until the result is there."""
+    def write(self, file: str, arrays: Sequence[Array]) -> Future[None]:
+        """Append contiguous fp32 arrays to a file; they may not change until the result is there."""
         if not self._files:
             self._open()
-        pieces = [tensor.numpy().data.cast("B") for tensor in tensors]
-        return self._threads[file].submit(self._files[file].write, pieces)
+        return self._threads[file].submit(_append, self._files[file], arrays)
 
     def finish(self, state: Mapping[str, Any]) -> Path:
         """Sync everything, with `state` and a manifest beside the tensors, and give it its name."""
@@ -51,7 +57,7 @@ class CheckpointWriter:
         entries = {name: fingerprint._asdict() for name, fingerprint in sorted(manifest.items())}
         self._write_json(MANIFEST, entries)
         _sync(self._partial)
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        _make_way(self.final)
         self._partial.rename(self.final)
         _sync(self.final.parent)
         return self.final
@@ -67,7 +73,8 @@ class CheckpointWriter:
     def _open(self) -> None:
         for stale in self.final.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(stale, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        make_folder(self._partial.parent)
+        self._partial.mkdir()
         for name, shapes in self._shapes.items():
             self._files[name] = HashedFile(self._partial / f"{name}.safetensors")
             self._files[name].write([header_of(shapes)])
@@ -98,8 +105,37 @@ def write_checkpoint(
     shapes = {file: {name: t.shape for name, t in named.items()} for file, named in tensors.items()}
     with writing(directory, step, shapes) as writer:
         for file, named in tensors.items():
-            writer.write(file, [t.contiguous().view(-1) for t in named.values()]).result()
+            writer.write(file, [t.contiguous().view(-1).numpy() for t in named.values()]).result()
         return writer.finish(state)
+
+
+def _append(file: HashedFile, arrays: Sequence[Array]) -> None:
+    if len(arrays) > _MANY:
+        arrays = [np.concatenate(arrays)]
+    file.write(array.data.cast("B") for array in arrays)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that a crash of the machine does not lose them again.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        _sync(made.parent)  # where its name is
+
+
+def _make_way(path: Path) -> None:
+    """Free the name of a checkpoint: a damaged one of the same step goes, whatever else is there is kept."""
+    if not path.exists() and not path.is_symlink():
+        return
+    with suppress(CheckpointError):
+        if path.is_dir() and not path.is_symlink() and has_damaged_files(path):
+            shutil.rmtree(path, ignore_errors=True)
+            return
+    put_away(path)
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +21,15 @@ from torch import Tensor
 from fastjepa.config import Config
 from fastjepa.engine.checkpoints.checkpoint import (
     CheckpointError,
+    OtherVersion,
     Position,
     checkpoint_path,
-    damage_of,
     list_checkpoints,
     load_checkpoint,
-    newest_good,
     state_of,
-    verify_checkpoint,
 )
 from fastjepa.engine.checkpoints.keep import Keep, prune
+from fastjepa.engine.checkpoints.verify import damage_of, newest_good, verify_checkpoint
 from fastjepa.engine.checkpoints.write import write_checkpoint
 
 POSITION = Position(
@@ -114,7 +114,10 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_that_the_manifest_does_not_know_is_damage(tmp_path: Path) -> None:
     path = write(tmp_path)
     (path / "target.safetensors").write_bytes(save({"encoder.a": torch.zeros(12)}))
-    assert damage_of(path) == [f"{path / 'target.safetensors'} is not in the manifest"]
+    (path / "extra.pkl").write_bytes(pickle.dumps(3))
+    assert damage_of(path) == [
+        f"{path / name} is not in the manifest" for name in ("extra.pkl", "target.safetensors")
+    ]
 
 
 def test_every_damaged_file_is_named(tmp_path: Path) -> None:
@@ -160,6 +163,114 @@ def test_unknown_format_is_refused_with_the_version_that_wrote_it(tmp_path: Path
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"format 99, this version reads 1.*0\.1\.0"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", '{"files": {"all.bin": 12}}'])
+def test_another_format_is_neither_damage_nor_deleted(tmp_path: Path, manifest: str | None) -> None:
+    """Whatever its files are: the run would go on from the one before, and overwrite it."""
+    write(tmp_path, step=5)
+    path = write(tmp_path)
+    forge(path, "state.json", b'{"format": 2, "versions": {"fastjepa": "9.1"}, "layout": "new"}')
+    if manifest is not None:
+        (path / "manifest.json").write_text(manifest)
+        (path / "student.safetensors").rename(path / "all.bin")
+    with pytest.raises(OtherVersion, match=r"format 2, this version reads 1: use the fastjepa 9\.1 that"):
+        newest_good(tmp_path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    write(tmp_path, step=7)
+    aside = tmp_path / "step_00000007.aside"
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+    assert newest_good(tmp_path) == (path, [])
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_what_a_new_checkpoint_replaces_goes_only_if_it_is_damaged(tmp_path: Path, extra: bool) -> None:
+    path = write(tmp_path)
+    (path / "student.safetensors").write_bytes(b"")
+    if extra:
+        (path / "notes.txt").write_text("mine")
+    write(tmp_path)
+    assert newest_good(tmp_path) == (path, [])
+    kept = [file.read_text() for file in tmp_path.glob("*.aside/notes.txt")]
+    assert kept == (["mine"] if extra else [])
+    write(tmp_path)
+    write(tmp_path)
+    assert len(list(tmp_path.glob("*.aside*"))) == 2 + extra, "good ones are never deleted"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": "ten"}, r"position\.step must be a whole number of at least 0, got 'ten'"),
+        ({"step": True}, r"position\.step must be a whole number"),
+        ({"step": -7}, r"position\.step must be a whole number"),
+        ({"train_s": "x"}, r"position\.train_s must be a number"),
+        ({"losses": 3}, r"position\.losses must be a list of numbers, got 3"),
+        ({"losses": [None]}, r"position\.losses must be a list of numbers"),
+        ({"step": 8}, "holds step 8, as its state.json says, and not that of its name: rename it to step_0"),
+    ],
+)
+def test_a_position_that_is_none_is_damage(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    good, path = write(tmp_path, step=5), write(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    state["position"] |= change
+    forge(path, "state.json", json.dumps(state).encode())
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(path)
+    found, (line,) = newest_good(tmp_path)
+    assert found == good
+    with pytest.raises(CheckpointError, match=said):
+        raise CheckpointError(line)
+
+
+def test_a_position_of_a_later_version_is_for_that_version(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    state["position"] |= {"shard": 3}
+    forge(path, "state.json", json.dumps(state).encode())
+    with pytest.raises(OtherVersion, match=r"has position\.shard, which.*use the fastjepa 0\.1\.0 that"):
+        newest_good(tmp_path)
+
+
+def test_a_copy_under_another_name_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    shutil.copytree(path, tmp_path / "step_99")
+    found, (line,) = newest_good(tmp_path)
+    assert found == path
+    assert f"{tmp_path / 'step_99'} holds step 7" in line
+
+
+def test_a_name_without_zeros_is_read_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path).rename(tmp_path / "step_7")
+    assert newest_good(tmp_path) == (path, [])
+    assert load_checkpoint(path).position.step == 7
+
+
+@pytest.mark.parametrize("config", ["3", "null", "[]"])
+def test_a_config_that_is_none_is_damage(tmp_path: Path, config: str) -> None:
+    path = write(tmp_path)
+    state = json.loads((path / "state.json").read_text()) | {"config": json.loads(config)}
+    forge(path, "state.json", json.dumps(state).encode())
+    with pytest.raises(
+        CheckpointError, match=r"state\.json is damaged: it must hold a position and a config"
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds files in /proc")
+def test_the_folders_above_are_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a crash of the machine loses the first checkpoint with the folder it is in."""
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write(tmp_path / "run" / "checkpoints")
+    folders = [path for path in synced if path.is_dir()]
+    assert folders[:2] == [tmp_path, tmp_path / "run"]
+    assert folders[-1] == tmp_path / "run" / "checkpoints"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Which checkpoints stay."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,25 @@ def test_the_last_and_every_nth_stay(
     assert left == later | for_ever | set(sorted(steps - later)[-keep.last :])
     assert now in left, "the newest good one"
     assert len(list(directory.iterdir())) == len(left)
+
+
+@pytest.mark.parametrize(
+    ("keep", "damaged", "left"),
+    [
+        (Keep(2), set(), [30, 40]),
+        (Keep(2), {30}, [20, 30, 40]),
+        (Keep(2), {20}, [30, 40]),
+        (Keep(1), {30}, [40]),
+        (Keep(3), {20, 30}, [10, 20, 30, 40]),
+        (Keep(1, every=20), {20, 30}, [20, 40]),
+        (Keep(2), {40}, [30, 40]),  # it is written anew now
+    ],
+)
+def test_damaged_ones_do_not_count(tmp_path: Path, keep: Keep, damaged: set[int], left: list[int]) -> None:
+    for step in (10, 20, 30, 40):
+        checkpoint_path(tmp_path, step).mkdir()
+    prune(tmp_path, 40, keep, frozenset(checkpoint_path(tmp_path, step) for step in damaged))
+    assert sorted(map(step_of, list_checkpoints(tmp_path))) == left
 
 
 def test_reasons() -> None:

@@ -1,13 +1,20 @@
 """However the ranks have cut the parameters, the files are the same."""
 
-from itertools import pairwise
+import sys
+from collections import deque
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.engine.checkpoints.plan import Piece, in_turn, plan_file
+from fastjepa.engine.checkpoints.plan import AT_MOST, WORTH_SENDING, Piece, batches_of, in_turn, plan_file
+from fastjepa.engine.checkpoints.saver import put_together
 from fastjepa.engine.partitions import FlatLayout, Slice
 
 Sizes = dict[str, int]
@@ -82,6 +89,91 @@ def test_files_take_turns() -> None:
         ("short", (Piece(0, 0, 3, 1),)),
         ("long", (Piece(0, 0, 6, 1),)),
     ]
+
+
+def lines_run(function: Callable[[], None]) -> int:
+    """Lines of the package that it executes, in loops each time."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace if "fastjepa" in frame.f_code.co_filename else None
+
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_each_piece_is_touched_a_few_times_however_many_ranks() -> None:
+    """With a pass over each window for each rank it would be 64 times here."""
+    sizes = {f"block.{i}": 640 for i in range(8)}
+    cuts = {ranks: cut_each(sizes, ranks) for ranks in (4, 64)}
+    spent: dict[int, float] = {}
+    for ranks, cut in cuts.items():
+        plans = {file: plan_file(cut, window=1000) for file in ("student", "target")}
+        batches = list(batches_of(plans))
+        pieces = sum(len(w) for b in batches for _, w in b.windows)
+        messages = {
+            (i, rank): np.zeros(n, np.float32) for i, b in enumerate(batches) for rank, n in b.numel.items()
+        }
+        own = {file: [np.zeros(sum(sizes.values()), np.float32)] for file in plans}
+
+        def bookkeeping(
+            plans: Any = plans, batches: Any = batches, messages: Any = messages, own: Any = own
+        ) -> None:
+            list(batches_of(plans))
+            for i, batch in enumerate(batches):
+                deque(put_together(batch, {r: messages[i, r] for r in batch.numel if r}, own), maxlen=0)
+
+        spent[ranks] = lines_run(bookkeeping) / pieces
+    assert spent[64] < 20, "lines for a piece"
+    assert spent[64] < 2 * spent[4]
+
+
+@given(SIZES, st.integers(1, 5), st.booleans(), st.integers(1, 40))
+def test_messages_put_together_are_the_files(sizes: Sizes, ranks: int, scattered: bool, window: int) -> None:
+    cut = cut_each(sizes, ranks) if scattered else cut_flat(sizes, ranks, 0)
+    files = ("student", "target")
+    batches = list(batches_of({file: plan_file(cut, window) for file in files}))
+    names = sorted(sizes)
+    begins = dict(zip(names, accumulate([0, *(sizes[name] for name in names)]), strict=False))
+    # Every element of a file is its place there; the second file begins at 1000.
+    parts = {
+        (file, rank): [np.zeros(sum(s.at + s.count for s in part) + 1, np.float32) for part in cut[rank]]
+        for file in files
+        for rank in range(ranks)
+    }
+    for (file, rank), arrays in parts.items():
+        for array, part in zip(arrays, cut[rank], strict=True):
+            for s in part:
+                first = begins[s.name] + s.first + 1000 * (file == "target")
+                array[s.at : s.at + s.count] = np.arange(first, first + s.count)
+    found: dict[str, list[float]] = {file: [] for file in files}
+    for batch in batches:
+        messages = {
+            rank: np.concatenate([parts[file, rank][p.part][p.at : p.at + p.numel] for file, p in pieces])
+            for rank, pieces in batch.sent.items()
+        }
+        assert {rank: len(message) for rank, message in messages.items()} == batch.numel
+        messages.pop(0, None)
+        for file, pieces in put_together(batch, messages, {file: parts[file, 0] for file in files}):
+            found[file] += np.concatenate(pieces).tolist()
+    total = sum(sizes.values())
+    assert found == {"student": list(range(total)), "target": list(range(1000, 1000 + total))}
+
+
+def test_with_many_ranks_messages_are_of_several_windows() -> None:
+    sizes = {f"block.{i:02}": 2**16 for i in range(16)}
+    few, many = (plan_file(cut_each(sizes, ranks), window=2**15) for ranks in (2, 512))
+    assert [len(b.windows) for b in batches_of({"student": few})] == [AT_MOST] * (len(few.windows) // AT_MOST)
+    sent = sum(len(b.numel) for b in batches_of({"student": many}))
+    assert sent * 4 <= sum(len({p.rank for p in w}) for w in many.windows)
+    large = plan_file(cut_each({"a": 4 * WORTH_SENDING}, 2), window=2 * WORTH_SENDING)
+    assert [len(b.windows) for b in batches_of({"student": large})] == [1, 1], "no more than is needed"
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,11 +12,19 @@ from fastjepa.engine.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     Position,
+    checkpoint_path,
     load_checkpoint,
     state_of,
 )
 from fastjepa.engine.checkpoints.resume import check_continues, check_fits
 from fastjepa.engine.checkpoints.write import write_checkpoint
+from fastjepa.engine.learner import Learner
+from fastjepa.engine.processes.activity import LONG, Doing
+from fastjepa.engine.run import Run
+from fastjepa.train import main
+
+if TYPE_CHECKING:
+    from tests.conftest import Trainer
 
 POSITION = Position(7, 112, 1.5, dataset_images=280, micro_batch=16)
 TRUNCATE = ["masks.mode=truncate"]
@@ -51,6 +60,44 @@ def test_what_a_run_may_go_on_from(
     assert warning.startswith("going on all the same, for run.resume is force: ")
     with pytest.raises(CheckpointError, match=refusal):
         raise CheckpointError(warning)
+
+
+def test_a_run_stops_at_what_another_version_wrote(train: "Trainer") -> None:
+    """It would go on from the one before, and overwrite it."""
+    train("optim.steps=4", "run.save_every=2").check()
+    path = checkpoint_path(train.run / "checkpoints", 4)
+    (path / "state.json").write_text('{"format": 2, "versions": {"fastjepa": "9.1"}}')
+    (path / "manifest.json").write_text('{"files": []}')
+    before = {file: file.read_bytes() for file in train.run.rglob("*") if file.is_file()}
+    for settings in (("run.log_every=1",), ("optim.lr=2e-3", "run.resume=force")):
+        refused = train("optim.steps=6", *settings).check(1)
+        assert f"{path} has checkpoint format 2, this version reads 1: use the fastjepa 9.1" in refused.err
+        assert {f: f.read_bytes() for f in before} == before
+
+
+def test_reading_a_checkpoint_may_take_as_long_as_writing_one(
+    train: "Trainer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch gives a rank that reads more time than one that computes."""
+    seen: list[Doing] = []
+    take_up = Run._take_up
+
+    def note(run: Run, learner: Learner) -> None:
+        seen.append(run.world.activity.now.doing)
+        take_up(run, learner)
+
+    monkeypatch.setattr(Run, "_take_up", note)
+    assert main(["--config", str(train.write_config()), "optim.steps=2"]) == 0
+    assert len(seen) == 1
+    assert set(seen) <= LONG
+
+
+@pytest.mark.parametrize("config", [{"optim": {"lrr": 1}}, {"optim": 3}, {"masks": {"mode": "new"}}])
+def test_settings_of_another_version_are_refused_by_name(tmp_path: Path, config: dict[str, object]) -> None:
+    checkpoint = Checkpoint(tmp_path / "step_7", POSITION, config, {}, "fastjepa 9.1")
+    with pytest.raises(CheckpointError, match=r"step_7 has settings that.*use the fastjepa 9\.1 that wrote"):
+        check_continues(checkpoint, POSITION, load_config(None))
+    assert len(check_continues(checkpoint, POSITION, load_config(None, [FORCE]))) == 1
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,13 @@ from torch import Tensor
 
 from fastjepa.config import Config, load_config
 from fastjepa.engine.build import build_model
-from fastjepa.engine.checkpoints.checkpoint import (
-    Position,
-    checkpoint_path,
-    load_checkpoint,
-    newest_good,
-    state_of,
-)
+from fastjepa.engine.checkpoints.checkpoint import Position, checkpoint_path, load_checkpoint, state_of
 from fastjepa.engine.checkpoints.keep import Keep
 from fastjepa.engine.checkpoints.resume import check_fits
 from fastjepa.engine.checkpoints.saver import Job, Saver, start_saver
-from fastjepa.engine.checkpoints.write import CheckpointWriter, write_checkpoint
-from fastjepa.engine.learner import Learner, start_learner
+from fastjepa.engine.checkpoints.verify import newest_good
+from fastjepa.engine.checkpoints.write import Array, CheckpointWriter, write_checkpoint
+from fastjepa.engine.learner import Encoders, Learner, start_learner
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice
 from fastjepa.engine.processes.world import join_world, leave_world
 from tests.ranks import run_ranks
@@ -93,19 +88,38 @@ def run_worker(out: Path) -> None:
             (directory / "file").write_text("")
         failures.append(str(save(saver, learner, directory / "file" / "below")))
         failures.append(str(save(saver, learner, directory / "2")))
-        working = {
-            name: p.detach().clone() for name, p in learner.engine.module.named_parameters() if p.numel()
-        }
+        heard = world.gather(failures)
+        working = what_it_computes_with(learner)
+        encoders = world.gather(elements_of(learner.encoders()))
         whole = learner.gather()  # by collectives
         if world.is_main:
             told[directory.name] = {
-                "failures": failures,
+                "failures": heard,
+                "compared": {name: p.numel() for name, p in working.items()},
+                "encoders": encoders,
                 "whole": {kind: same(named, source.tensors[kind]) for kind, named in whole.items()},
                 "working": same(working, {n: whole["student"][n].to(working[n]) for n in working}),
             }
     if world.is_main:
         (out / f"{world.size}.json").write_text(json.dumps(told))
     leave_world()
+
+
+def what_it_computes_with(learner: Learner) -> dict[str, Tensor]:
+    """The student's weights, whole on every rank."""
+    named = dict(learner.engine.module.named_parameters())
+    if learner.zero_stage < 3:
+        return {name: p.detach().clone() for name, p in named.items()}
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(named.values())):
+        return {name: p.detach().clone() for name, p in named.items()}
+
+
+def elements_of(encoders: Encoders) -> list[int]:
+    """Of the encoders that this rank has: of the context, of the target."""
+    there = [encoders._context, encoders.target]
+    return [0 if e is None else sum(p.numel() for p in e.parameters()) for e in there]
 
 
 def save(saver: Saver, learner: Learner, directory: Path) -> Exception | None:
@@ -126,7 +140,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-CASES = [(ranks, stage, "fp32") for ranks in (1, 2) for stage in STAGES] + [(1, 1, "bf16"), (2, 1, "bf16")]
+CASES = [(ranks, stage, "fp32") for ranks in (1, 2) for stage in STAGES] + [
+    (1, 1, "bf16"),
+    (2, 1, "bf16"),
+    (2, 3, "bf16"),
+]
 CASES += [(3, stage, precision) for stage, precision in [(0, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")]]
 
 
@@ -136,10 +154,14 @@ def test_the_same_bytes_however_it_was_cut(saved: Path, ranks: int, stage: int, 
     source, name = checkpoint_path(saved, 1), f"{ranks}-{stage}-{precision}"
     told = json.loads((saved / f"{ranks}.json").read_text())[name]
     assert told["whole"] == dict.fromkeys(KINDS, True)
+    wanted = some_state(config_of(0))
+    assert told["compared"] == {name: t.numel() for name, t in wanted["student"].items()}
     assert told["working"], "the network computes with something else"
-    fine, again, broken, after = told["failures"]
-    assert fine == again == after == "None"
-    assert "Not a directory" in broken
+    whole = [sum(t.numel() for n, t in wanted["target"].items() if not n.endswith("pos_embed"))] * 2
+    assert told["encoders"] == [whole if stage < 3 or rank == 0 else [0, 0] for rank in range(ranks)]
+    for rank, (fine, again, broken, after) in enumerate(told["failures"]):
+        assert fine == again == after == "None"
+        assert ("rank 0 could not write it" if rank else "Not a directory") in broken
     for turn in ("0", "1", "2"):
         found, damaged = newest_good(saved / name / turn)
         assert damaged == []
@@ -168,9 +190,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing is written before it is set."""
     event, write = threading.Event(), CheckpointWriter.write
 
-    def late(self: CheckpointWriter, file: str, tensors: Sequence[Tensor]) -> Future[None]:
+    def late(self: CheckpointWriter, file: str, arrays: Sequence[Array]) -> Future[None]:
         assert event.wait(60)
-        return write(self, file, tensors)
+        return write(self, file, arrays)
 
     monkeypatch.setattr(CheckpointWriter, "write", late)
     yield event
@@ -243,9 +265,11 @@ def test_run_resume_lets_other_settings_through_only_when_forced(train: "Trainer
     assert "\n  optim.lr: 0.001 -> 0.002\n" in forced.out
     assert "Resuming at step 6 of 8" in forced.out
     train("optim.steps=8", "optim.lr=2e-3").check()  # from now on these are the settings
+    before = (train.run / "config.yaml").read_bytes()
     other = train("optim.steps=9", "model.predictor_width=24", "model.predictor_heads=3", "run.resume=force")
     assert "is of another model" in other.check(1).err
     assert "\n  student: predictor.mask_token is [1, 1, 16], this model has [1, 1, 24]\n" in other.err
+    assert (train.run / "config.yaml").read_bytes() == before, "the right command would be refused now"
 
 
 if __name__ == "__main__":
