@@ -64,8 +64,8 @@ def test_what_a_run_may_go_on_from(
 
 def test_a_run_stops_at_what_another_version_wrote(train: "Trainer") -> None:
     """It would go on from the one before, and overwrite it."""
-    train("optim.steps=4", "run.save_every=2").check()
-    path = checkpoint_path(train.run / "checkpoints", 4)
+    train("optim.steps=6", "run.save_every=3").check()
+    path = checkpoint_path(train.run / "checkpoints", 6)
     (path / "state.json").write_text('{"format": 2, "versions": {"fastjepa": "9.1"}}')
     (path / "manifest.json").write_text('{"files": []}')
     before = {file: file.read_bytes() for file in train.run.rglob("*") if file.is_file()}
@@ -87,7 +87,7 @@ def test_reading_a_checkpoint_may_take_as_long_as_writing_one(
         take_up(run, learner)
 
     monkeypatch.setattr(Run, "_take_up", note)
-    assert main(["--config", str(train.write_config()), "optim.steps=2"]) == 0
+    assert main(["--config", str(train.write_config()), "optim.steps=6"]) == 0
     assert len(seen) == 1
     assert set(seen) <= LONG
 
