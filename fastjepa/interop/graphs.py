@@ -3,6 +3,7 @@
 Both take uint8 [batch, C, H, W], any batch of one or more, and normalise inside: see `PortableEncoder`.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ def save_onnx(encoder: VisionTransformer, head: LinearHead | None, path: Path) -
     assert program is not None, "only the export without dynamo returns nothing"
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in whose files each node was made
+    if head is not None:
+        program.model.metadata_props["class_names"] = json.dumps(head.names)
     program.save(path)
 
 
@@ -44,7 +47,8 @@ def save_program(encoder: VisionTransformer, head: LinearHead | None, path: Path
     program = _traced(encoder, head)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where in whose files each node was made
-    torch.export.save(program, path)
+    named = {"class_names.json": json.dumps(head.names)} if head is not None else {}
+    torch.export.save(program, path, extra_files=named)
 
 
 @torch.no_grad()

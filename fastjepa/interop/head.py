@@ -5,8 +5,8 @@ the classes, a JSON list under `class_names` in its metadata.
 
     logits = features @ weight.T + bias
 
-`features` [B, D] is the mean of an image's patch tokens after the encoder's final norm, as it is: a classifier
-that was fitted to standardised features is first turned into one of plain features (`of_plain_features`).
+`features` [B, D] is the mean of an image's patch tokens after the encoder's final norm, as it is: what was
+fitted to standardised features is first turned into a head for plain ones (`of_plain_features`).
 """
 
 import json

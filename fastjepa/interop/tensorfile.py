@@ -1,4 +1,4 @@
-"""An encoder as one safetensors file: its tensors under their own names, and all that rebuilds it beside them."""
+"""An encoder as one safetensors file: its tensors under their own names, and what rebuilds it beside them."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ FORMAT = "fastjepa encoder 1"
 
 
 def save_encoder(encoder: VisionTransformer, path: str | os.PathLike[str]) -> None:
-    """Write the tensors of an encoder in fp32, and in the metadata as JSON its shape and the pixels' mean and std.
+    """Write the tensors of an encoder in fp32; its shape and the pixels' mean and std are the metadata.
 
     Raises:
         OSError: it cannot be written.

@@ -100,7 +100,7 @@ def to_timm(
         model: what was trained.
         encoder: of a JEPA `target` or `context`; an MAE has but one.
         image_size: pixels: height, width; those of the training images by default. See `at_image_size`.
-        head: becomes its classifier; without one, calling the model gives the mean of the patch tokens [B, D].
+        head: becomes its classifier; without one, the model gives the mean of the patch tokens [B, D].
 
     Returns:
         A `timm.models.VisionTransformer`; `forward_features` gives the tokens, [B, N, D].
@@ -130,7 +130,9 @@ def save_timm(encoder: VisionTransformer, head: LinearHead | None, folder: Path)
     from timm.models import save_for_hf
 
     named = {"label_names": list(head.names)} if head is not None else {}
-    save_for_hf(timm_of(encoder, head), str(folder), model_config=named, safe_serialization=True)
+    arguments = recipe_of(encoder, 0 if head is None else len(head.weight)).arguments
+    made = timm_of(encoder, head)
+    save_for_hf(made, str(folder), model_config=named, model_args=arguments, safe_serialization=True)
 
 
 @torch.no_grad()
