@@ -59,9 +59,10 @@ def test_each_side_is_scaled_by_itself(grid: tuple[int, int], trained: tuple[int
 
 
 def test_computed_positions_are_what_interpolation_aims_at() -> None:
-    """Bicubic interpolation of the table comes near them inside the grid, and is never the same."""
+    """Bicubic interpolation of the table comes near them inside the grid, less so at its edges."""
     trained, grid = (14, 14), (28, 28)
-    table = sincos_2d(trained, 64)[0].unflatten(0, trained).permute(2, 0, 1)[None]  # [1, D, rows, columns]
+    table = sincos_2d(trained, 768)[0].unflatten(0, trained).permute(2, 0, 1)[None]  # [1, D, rows, columns]
     bicubic = F.interpolate(table, grid, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
-    error = (sincos_2d(grid, 64, trained_grid=trained)[0].unflatten(0, grid) - bicubic).abs()
-    assert 1e-3 < error[4:-4, 4:-4].max() < 0.05
+    error = (sincos_2d(grid, 768, trained_grid=trained)[0].unflatten(0, grid) - bicubic).abs()
+    assert error[5:-5, 5:-5].max().item() == pytest.approx(0.032, abs=1e-3)  # as docs/export.md says
+    assert error.max().item() == pytest.approx(0.16, abs=5e-3)
