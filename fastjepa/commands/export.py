@@ -45,13 +45,12 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fastjepa.config import ConfigError
     from fastjepa.engine.checkpoints.checkpoint import CheckpointError
     from fastjepa.interop.export import TOLERANCE, check_packages, export, prepare
     from fastjepa.interop.formats import choose_format
     from fastjepa.interop.head import load_head
     from fastjepa.interop.provenance import provenance_of
-    from fastjepa.interop.staging import ExportError, check_place
+    from fastjepa.interop.staging import check_place
     from fastjepa.interop.start import load_trained
 
     out: Path = options.out
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         head = None if options.head is None else load_head(options.head, model.encoder.shape.width)
         given = prepare(model, form, options.encoder, options.image_size, head)
         done = export(given, form, provenance_of(checkpoint), out, options.force)
-    except (ConfigError, CheckpointError, ExportError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:  # of the configuration, the head or the export
         return refuse(error)
     except OSError as error:
         return refuse(f"cannot write {out}: {error}")

@@ -97,7 +97,7 @@ FORMATS = (
     Format(
         "transformers",
         (),
-        ("transformers",),
+        ("transformers", "torchvision"),
         takes_head=True,
         takes_encoder=True,
         tool="transformers",
@@ -108,7 +108,7 @@ FORMATS = (
     Format(
         "timm",
         (),
-        ("timm",),
+        ("timm", "torchvision"),
         takes_head=True,
         takes_encoder=True,
         tool="timm",

@@ -15,7 +15,7 @@ from fastjepa.models import VisionTransformer
 
 
 def save_onnx(encoder: VisionTransformer, head: LinearHead | None, path: Path) -> None:
-    """Write an ONNX model; weights past what its format can hold go into a file beside it, PATH.data.
+    """Write an ONNX model; weights of more than 2 GB, which it cannot hold, go into PATH.data beside it.
 
     Its input is `images`; its outputs are `tokens`, `features` and with a head `logits`.
     """

@@ -1,6 +1,5 @@
 """An encoder as other tools take it: at the size of their images, and of stock operations alone."""
 
-import copy
 from typing import cast
 
 import torch
@@ -79,7 +78,7 @@ class PortableEncoder(nn.Module):
     """The encoder, from 8-bit pixels to features, in operations that every runtime of torch knows.
 
     Args:
-        encoder: whose weights it copies.
+        encoder: whose weights it shares.
         head: gives logits too.
     """
 
@@ -88,7 +87,7 @@ class PortableEncoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, head: LinearHead | None = None) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder = encoder
         self.register_buffer("mean", torch.tensor(encoder.pixel_mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(encoder.pixel_std).view(-1, 1, 1))
         self.head = None if head is None else nn.Linear(*head.weight.T.shape).requires_grad_(False)

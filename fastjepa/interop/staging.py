@@ -34,7 +34,7 @@ def check_place(out: Path, is_folder: bool, force: bool) -> None:
             raise ExportError(
                 f"cannot write {out}: it is a folder, and this format is one file; name another"
             )
-        for path in (out, card_beside(out)):
+        for path in (out, card_beside(out), data_beside(out)):
             if path.exists() and not force:
                 raise ExportError(f"{path} exists; give another name, or --force to replace it")
         return
@@ -59,6 +59,11 @@ def check_place(out: Path, is_folder: bool, force: bool) -> None:
 def card_beside(out: Path) -> Path:
     """Where the card of a file goes."""
     return out.with_name(out.name + ".md")
+
+
+def data_beside(out: Path) -> Path:
+    """Where the weights of an ONNX model go that are more than its own file can hold, 2 GB."""
+    return out.with_name(out.name + ".data")
 
 
 def mark(folder: Path, says: dict[str, Any]) -> None:

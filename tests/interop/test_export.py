@@ -96,9 +96,10 @@ def test_nothing_is_replaced_unasked(name: str, tmp_path: Path) -> None:
     assert after != before
 
 
-def test_a_card_of_somebody_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.onnx.md").write_text("mine")
-    with pytest.raises(ExportError, match=r"out\.onnx\.md exists"):
+@pytest.mark.parametrize("beside", ["out.onnx.md", "out.onnx.data"])
+def test_what_goes_beside_a_file_replaces_nothing_either(tmp_path: Path, beside: str) -> None:
+    (tmp_path / beside).write_text("mine")
+    with pytest.raises(ExportError, match=f"{beside} exists"):
         check_place(tmp_path / "out.onnx", is_folder=False, force=False)
 
 
@@ -123,7 +124,7 @@ def test_a_failed_comparison_leaves_nothing_behind(form: Format, tmp_path: Path)
     """What is written is another model's, as if names had been mixed up."""
     other = jepa()
     with torch.no_grad():
-        other.target_encoder.blocks[1].norm2.bias.add_(0.01)
+        other.target_encoder.blocks.blocks()[1].norm2.bias.add_(0.01)
     writes = replace(form, write=lambda _given, path: form.write(prepare(other, form), path))
     given = prepare(jepa(), form)
     with pytest.raises(ExportError, match=r"does not hold what was trained|reads what was written otherwise"):
