@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastjepa.commands import export as command
 from fastjepa.interop.export import TOLERANCE, Exported, export, largest_difference, prepare
@@ -141,14 +142,24 @@ def test_a_diverged_encoder_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_read_only_folder_costs_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (RuntimeError("No space left on device"), OSError),  # as torch says it
+        (SafetensorError("No space left on device"), OSError),
+        (KeyboardInterrupt("pressed"), KeyboardInterrupt),
+    ],
+)
+def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(
+    raised: BaseException, seen: type[BaseException], tmp_path: Path
+) -> None:
     form = BY_NAME["torch"]
 
     def full(_given: object, path: Path) -> None:
         path.write_bytes(b"half")
-        raise RuntimeError("No space left on device")  # as torch says it
+        raise raised
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(seen, match=str(raised)):
         export(prepare(jepa(), form), replace(form, write=full), ORIGIN, tmp_path / "out.pt2")
     assert list(tmp_path.iterdir()) == []
 
