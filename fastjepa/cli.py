@@ -11,6 +11,8 @@ from fastjepa import __version__
 from fastjepa.commands import checkpoint, export, report
 from fastjepa.commands.refusal import refuse
 
+EXPORT_PACKAGES = {"onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
@@ -27,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("fastjepa", "fastjepa_kernels"):
             raise
-        return refuse(f"this needs {missing}, which is not installed: pip install 'fastjepa[train]'")
+        extra = "export" if missing in EXPORT_PACKAGES else "train"
+        return refuse(f"this needs {missing}, which is not installed: pip install 'fastjepa[{extra}]'")
 
 
 def _parser() -> argparse.ArgumentParser:

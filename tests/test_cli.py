@@ -12,8 +12,12 @@ import torch
 
 from fastjepa import __version__
 from fastjepa.cli import main
-from fastjepa.interop import load_official
+from fastjepa.data.fashion_mnist import FashionMNIST
+from fastjepa.interop import load_official, save_official
+from fastjepa.interop.portable import at_image_size
 from fastjepa.interop.start import load_trained
+from fastjepa.models import Predictor, VisionTransformer, ViTShape
+from fastjepa.objectives import JEPA
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -47,13 +51,72 @@ def test_export_writes_what_was_trained(
     file = tmp_path / "out.pth.tar"
     assert main(["export", str(run / source), str(file)]) == 0
     step = source[-8:] or "00000007"
-    assert capsys.readouterr().out == f"Wrote {file}, from {run / 'checkpoints' / f'step_{step}'}\n"
+    wrote, compared, card = capsys.readouterr().out.splitlines()
+    assert wrote == f"Wrote {file}, from {run / 'checkpoints' / f'step_{step}'}"
+    assert compared == f"fastjepa {__version__} reads it back: largest difference 0.0e+00, allowed 1e-05"
+    assert card == f"Card: {file}.md"
     exported = load_official(file, heads=2).state_dict()
     trained, _ = load_trained(run / source)
     assert exported.keys() == trained.state_dict().keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in trained.state_dict().items())
     encoder, target = exported["encoder.norm.weight"], exported["target_encoder.norm.weight"]
     assert not torch.equal(encoder, target), "one was taken for the other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "image_size", "which"),
+    [
+        ([], (28, 28), "target_encoder"),
+        (["--encoder", "context", "--image-size", "56x28"], (56, 28), "encoder"),
+    ],
+)
+def test_export_of_one_encoder(
+    run: Path, tmp_path: Path, arguments: list[str], image_size: tuple[int, int], which: str
+) -> None:
+    """Real images, at the size asked for, through what was exported and what was trained."""
+    file = tmp_path / "out.pt2"
+    assert main(["export", str(run), str(file), *arguments]) == 0
+    clothes = torch.nn.functional.interpolate(FashionMNIST(None, "test").images[:3].float(), image_size)
+    images = clothes.to(torch.uint8)
+    trained, _ = load_trained(run)
+    with torch.no_grad():
+        expected = at_image_size(getattr(trained, which), image_size)(images)
+    tokens, features = torch.export.load(file).module()(images)
+    assert (tokens - expected).abs().max() < 1e-5
+    assert (features - expected.mean(dim=1)).abs().max() < 1e-5
+
+
+def test_a_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), str(tmp_path / "last.safetensors")]) == 0
+    text = (tmp_path / "last.safetensors.md").read_text()
+    for said in (
+        "| Source | step_00000007 of the run tiny |",
+        "| Data | Fashion-MNIST, 280 images |",
+        "| Masks | 4 target blocks of 15% to 20% of the image, context of mode `budget` |",
+        "| Trained for | 7 steps, 112 images seen, of 7 steps planned |",
+        "| Global batch | 16 images |",
+        f"| Trained with | fastjepa {__version__}, torch {torch.__version__}",
+        "| trained target encoder | ",
+        "judged on 50 training images, held out",
+    ):
+        assert said in text
+    assert str(run) not in text, "where it lies is the owner's business"
+    assert main(["export", str(run / "checkpoints" / "step_00000005"), str(tmp_path / "5.safetensors")]) == 0
+    assert "The run was not judged at this step." in (tmp_path / "5.safetensors.md").read_text()
+
+
+def test_a_published_file_is_exported_too(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    shape = ViTShape((16, 16), 8, 192, depth=1, heads=3)  # a width whose heads are known
+    published = tmp_path / "published.pth.tar"
+    save_official(JEPA(VisionTransformer(shape), Predictor(shape.grid, 192, 96, 1, 3)), published)
+    assert main(["export", str(published), str(tmp_path / "out"), "--format", "timm"]) == 0
+    out = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'out'}, from {published}" in out
+    assert 'timm.create_model("vit_tiny_patch16_224", img_size=(16, 16), patch_size=8' in out
+    assert "normalisation is that of ImageNet" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_export_does_not_overwrite_unasked(
@@ -70,16 +133,30 @@ def test_export_does_not_overwrite_unasked(
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source, file, said in (
-        (tmp_path, tmp_path / "a", f"{tmp_path} is no checkpoint, and no run folder with one"),
-        (tmp_path / "nowhere", tmp_path / "a", "is no checkpoint, and no run folder with one"),
-        (run, tmp_path / "no" / "a", f"there is no folder {tmp_path / 'no'} to write a into"),
-        (run, tmp_path, f"cannot write {tmp_path}: "),
+        (tmp_path, tmp_path / "a.pth", f"{tmp_path} is no checkpoint, and no run folder with one"),
+        (tmp_path / "nowhere", tmp_path / "a.pth", "is no checkpoint, and no run folder with one"),
+        (run / "config.yaml", tmp_path / "a.pth", "config.yaml was not loaded"),
+        (run, tmp_path / "no" / "a.pth", f"there is no folder {tmp_path / 'no'} to write a.pth into"),
+        (run, tmp_path / "a", "a does not say its format; give --format: official (.pth.tar), transformers"),
     ):
         assert main(["export", str(source), str(file), "--force"]) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ")
         assert said in err
+    for arguments, said in (
+        (["--head", str(run / "config.yaml")], "config.yaml is not used as a head"),
+        (["--image-size", "29"], "the nearest sizes that fit are 28 x 28"),
+    ):
+        assert main(["export", str(run), str(tmp_path / "a.onnx"), *arguments]) == 1
+        assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "a", "28x", "28x28x28", "2.5"])
+def test_what_is_no_image_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "run", "out.onnx", "--image-size", size])
+    assert "--image-size" in capsys.readouterr().err
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +198,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["train", "optim.lr=1"], 1), (["report", "."], 1), (["export", ".", "x"], 1)],
+    [(["--help"], 0), (["train", "optim.lr=1"], 1), (["report", "."], 1), (["export", ".", "x.pth"], 1)],
 )
 def test_without_the_train_extra(tmp_path: Path, arguments: list[str], code: int) -> None:
     done = subprocess.run(
@@ -136,3 +213,28 @@ def test_without_the_train_extra(tmp_path: Path, arguments: list[str], code: int
         assert done.stderr.startswith("error: this needs ")
         assert "pip install 'fastjepa[train]'" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+WITHOUT_A_TOOL = """
+import sys
+from importlib.machinery import PathFinder
+
+real = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name == "onnxscript" else real(name, *rest)
+from fastjepa.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_the_export_extra(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_TOOL, "export", str(run), "x.onnx"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    said = "error: format onnx needs onnxscript, which is not installed: pip install 'fastjepa[export]'\n"
+    assert done.stderr == said
+    assert list(tmp_path.iterdir()) == []

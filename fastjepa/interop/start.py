@@ -7,7 +7,7 @@ from fastjepa.config import Config, ConfigError, parse_config
 from fastjepa.engine.build import build_heads, build_model
 from fastjepa.engine.checkpoints.checkpoint import STATE, Checkpoint, CheckpointError, load_checkpoint
 from fastjepa.engine.checkpoints.verify import newest_good, verify_checkpoint
-from fastjepa.interop.official import load_strict
+from fastjepa.interop.official import load_official, load_strict
 from fastjepa.interop.published import State, read_published
 from fastjepa.models import HEADS_OF_WIDTH
 from fastjepa.models.block import Block
@@ -39,12 +39,21 @@ def load_initial_weights(model: JEPA | MAE, source: str) -> None:
 
 
 def load_trained(source: Path) -> tuple[JEPA | MAE, Path]:
-    """The model of a checkpoint directory or of a run folder, in fp32 on the CPU, and the checkpoint's path.
+    """The model of a checkpoint directory, of a run folder or of a published file, in fp32 on the CPU.
+
+    Returns:
+        The model, and the path of the checkpoint or file that it came from.
 
     Raises:
         CheckpointError: there is no good checkpoint there.
-        ConfigError: its configuration is of a version that this one does not understand.
+        ConfigError: its configuration is of a version that this one does not understand, or the file is not
+            of a published layout.
     """
+    if source.is_file():
+        try:
+            return load_official(source), source
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     checkpoint = load_checkpoint(find_checkpoint(source))
     model = build_model(_config_of(checkpoint))
     _load(model, _states_of(checkpoint))

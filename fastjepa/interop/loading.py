@@ -1,0 +1,151 @@
+"""How an export is loaded: lines of Python for its card, which a test runs as they stand.
+
+Each turns a picture, `image.png`, into `features` [1, D], the mean of its patch tokens, and with a head into
+`logits` [1, classes].
+"""
+
+import json
+from typing import cast
+
+from fastjepa.interop.head import LinearHead
+from fastjepa.interop.timm_vit import recipe_of
+from fastjepa.models import VisionTransformer
+from fastjepa.models.block import Block
+from fastjepa.objectives import JEPA, MAE
+
+
+def heads_of(model: JEPA | MAE) -> dict[str, int]:
+    """The attention heads of each network, as `load_official` takes them; tensors do not show them."""
+    heads = {"heads": model.encoder.shape.heads}
+    if isinstance(model, JEPA):
+        heads["predictor_heads"] = cast(Block, model.predictor.predictor_blocks[0]).attn.heads
+    elif model.decoder is not None:
+        heads["decoder_heads"] = cast(Block, model.decoder.decoder_blocks[0]).attn.heads
+    return heads
+
+
+def _text(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _patches(encoder: VisionTransformer) -> str:
+    return "[:, 1:]" if encoder.shape.class_token else ""  # after the class token
+
+
+def _mode(encoder: VisionTransformer) -> str:
+    return "L" if encoder.shape.channels == 1 else "RGB"
+
+
+def _pixels(encoder: VisionTransformer) -> str:
+    height, width = encoder.shape.image_size
+    return f"""\
+image = Image.open("image.png").convert("{_mode(encoder)}")
+image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)
+pixels = np.array(image).reshape(1, {height}, {width}, -1).transpose(0, 3, 1, 2)  # uint8 [1, C, H, W]
+"""
+
+
+def load_with_fastjepa(encoder: VisionTransformer, model: JEPA | MAE, which: str, name: str) -> str:
+    """Of a published file."""
+    heads = "".join(f", {key}={value}" for key, value in heads_of(model).items())
+    own = isinstance(model, JEPA) and which == "target"
+    return f"""\
+import numpy as np
+import torch
+from PIL import Image
+
+from fastjepa.interop import load_official
+
+encoder = load_official({_text(name)}{heads}).{"target_encoder" if own else "encoder"}.eval()
+encoder.pixel_mean, encoder.pixel_std = {encoder.pixel_mean}, {encoder.pixel_std}  # not in the file
+{_pixels(encoder)}\
+with torch.no_grad():
+    tokens = encoder(torch.from_numpy(pixels.copy()))  # [1, N, D]
+features = tokens{_patches(encoder)}.mean(dim=1)
+"""
+
+
+def load_tensors(encoder: VisionTransformer, name: str) -> str:
+    """Of a safetensors file."""
+    return f"""\
+import numpy as np
+import torch
+from PIL import Image
+
+from fastjepa.interop import load_encoder
+
+encoder = load_encoder({_text(name)})  # or safetensors.torch.load_file, for the tensors alone
+{_pixels(encoder)}\
+with torch.no_grad():
+    tokens = encoder(torch.from_numpy(pixels.copy()))  # [1, N, D]
+features = tokens{_patches(encoder)}.mean(dim=1)
+"""
+
+
+def load_in_transformers(encoder: VisionTransformer, head: LinearHead | None, name: str) -> str:
+    without_pooler = ", add_pooling_layer=False" if encoder.shape.class_token else ""
+    lines = f"""\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel{", AutoModelForImageClassification" if head else ""}
+
+processor = AutoImageProcessor.from_pretrained({_text(name)})
+model = AutoModel.from_pretrained({_text(name)}{without_pooler}).eval()
+inputs = processor(Image.open("image.png").convert("{_mode(encoder)}"), return_tensors="pt")
+with torch.no_grad():
+    features = model(**inputs).last_hidden_state{_patches(encoder)}.mean(dim=1)
+"""
+    if head is None:
+        return lines
+    return f"""\
+{lines}
+classifier = AutoModelForImageClassification.from_pretrained({_text(name)}).eval()
+with torch.no_grad():
+    logits = classifier(**inputs).logits
+"""
+
+
+def load_in_timm(encoder: VisionTransformer, head: LinearHead | None, name: str) -> str:
+    recipe = recipe_of(encoder, 0 if head is None else len(head.weight))
+    lines = f"""\
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model({_text("local-dir:" + name)}, pretrained=True).eval()
+# The same, told in full:
+# {recipe.call()}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+pixels = transform(Image.open("image.png").convert("{_mode(encoder)}"))[None]  # [1, C, H, W]
+with torch.no_grad():
+    tokens = model.forward_features(pixels)  # [1, N, D]
+    features = model.forward_head(tokens, pre_logits=True)
+"""
+    return lines if head is None else f"{lines}    logits = model.forward_head(tokens)\n"
+
+
+def load_in_onnxruntime(encoder: VisionTransformer, head: LinearHead | None, name: str) -> str:
+    outputs = "tokens, features" + (", logits" if head is not None else "")
+    return f"""\
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession({_text(name)})
+{_pixels(encoder)}\
+{outputs} = session.run(None, {{"images": pixels}})
+"""
+
+
+def load_program(encoder: VisionTransformer, head: LinearHead | None, name: str) -> str:
+    outputs = "tokens, features" + (", logits" if head is not None else "")
+    return f"""\
+import numpy as np
+import torch
+from PIL import Image
+
+encoder = torch.export.load({_text(name)}).module()
+{_pixels(encoder)}\
+with torch.no_grad():
+    {outputs} = encoder(torch.from_numpy(pixels.copy()))
+"""
