@@ -17,9 +17,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 TRAIN = ["deepspeed>=0.19.8", "ninja", "pyyaml", "pillow", "rich", "matplotlib"]
+DATA = ["fsspec", "aiohttp"]  # shards behind http(s)://; s3:// also needs s3fs, gs:// gcsfs
 BENCH = ["pytest>=8", "pytest-benchmark"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 DEV = [
+    *DATA,
     "build",
     "hypothesis",
     "mypy",
@@ -33,6 +35,7 @@ DEV = [
     "torchvision",
     "transformers>=5",
     "types-PyYAML",
+    "webdataset",
 ]
 
 
@@ -135,7 +138,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "safetensors"],
-    extras_require={"train": TRAIN, "bench": BENCH, "docs": DOCS, "dev": DEV},
+    extras_require={"train": TRAIN, "data": DATA, "bench": BENCH, "docs": DOCS, "dev": DEV},
     packages=[*find_packages(include=["fastjepa", "fastjepa.*"]), *find_packages("kernels")],
     package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
     package_data={

@@ -210,7 +210,7 @@ def test_only_what_changes_results_is_part_of_them(section: str, key: str) -> No
         ("run", "seed"),
         ("run", "init_from"),
     )
-    may_move = section == "data" and key in ("root", "probe_root")
+    may_move = section == "data" and key in ("root", "probe_root", "max_bad_fraction")
     assert differs == (decides and not may_move)
 
 

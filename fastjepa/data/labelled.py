@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastjepa.data.unreadable import UnreadableCounter
-from fastjepa.data.views import ImageSet, Views, read_views
+from fastjepa.data.unreadable import MAX_BAD_FRACTION, UnreadableCounter
+from fastjepa.data.views import ImageSet, Reading, Views, read_views
 from fastjepa.data.workers import in_order
 
 
@@ -16,9 +16,10 @@ from fastjepa.data.workers import in_order
 class _ReadBatch:
     images: ImageSet
     size: int
+    reading: Reading
 
     def __call__(self, image_index: list[int]) -> Views:
-        views = read_views(self.images, image_index, self.size)
+        views = read_views(self.images, image_index, self.size, reading=self.reading)
         itself = views.image_index == torch.tensor(image_index)  # False where it cannot be read
         return Views(views.pixels[itself], views.image_index[itself], views.unreadable)
 
@@ -31,6 +32,7 @@ def evaluation_batches(
     limit: int | None = None,
     workers: int = 0,
     worker_timeout_s: float = 300,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The central square of every image, once, in the order of the set, with its label.
 
@@ -44,13 +46,14 @@ def evaluation_batches(
             of every class.
         workers: processes that read; 0 reads here.
         worker_timeout_s: how long to wait for a batch before a worker is taken to hang.
+        max_bad_fraction: of the images, how many may be unreadable; see `tolerated`.
 
     Returns:
         An iterator over pairs of uint8 [B, C, size, size] and int64 [B].
 
     Raises:
         ValueError: the set has no labels.
-        TooManyUnreadable: while reading, more than 5 % of the images cannot be read.
+        TooManyUnreadable: while reading, more of the images cannot be read than that.
         TimeoutError: while reading, a worker hangs.
     """
     labels = images.labels
@@ -59,7 +62,7 @@ def evaluation_batches(
     count = len(images) if limit is None else min(limit, len(images))
     chosen = torch.arange(count) * len(images) // count  # [count]
     batches = in_order(
-        _ReadBatch(images, size),
+        _ReadBatch(images, size, Reading(max_bad_fraction=max_bad_fraction)),
         (part.tolist() for part in chosen.split(batch_size)),
         workers=workers,
         describe=images.path,
@@ -67,7 +70,7 @@ def evaluation_batches(
     )
 
     def labelled() -> Generator[tuple[Tensor, Tensor], None, None]:
-        counter = UnreadableCounter(len(images))
+        counter = UnreadableCounter(len(images), max_bad_fraction)
         with closing(batches):
             for views in batches:
                 counter.update(views.image_index, views.unreadable)

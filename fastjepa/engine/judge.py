@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
+from fastjepa.data.unreadable import MAX_BAD_FRACTION
 from fastjepa.data.views import ImageSet
 from fastjepa.engine.images import RunImages
 from fastjepa.engine.processes.stopping import NonFinite
@@ -55,6 +56,7 @@ class Judge:
         worker_timeout_s: how long to wait for one of them.
         device: where encoders run.
         seed: of the split on which the linear probe's regularisation is chosen.
+        max_bad_fraction: of the images, how many may be unreadable.
     """
 
     bank: ImageSet
@@ -65,6 +67,7 @@ class Judge:
     worker_timeout_s: float
     device: torch.device
     seed: int
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
     @classmethod
     def of(cls, images: RunImages, config: Config, device: torch.device) -> "Judge | None":
@@ -80,6 +83,7 @@ class Judge:
             config.speed.worker_timeout_s,
             device,
             config.run.seed,
+            config.data.max_bad_fraction,
         )
 
     def pixels(self) -> Verdict:
@@ -131,6 +135,7 @@ class Judge:
             limit=limit,
             workers=self.workers,
             worker_timeout_s=self.worker_timeout_s,
+            max_bad_fraction=self.max_bad_fraction,
         )
 
     def _judge(
