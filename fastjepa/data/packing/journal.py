@@ -75,9 +75,10 @@ def open_journal(out: Path, images: ImageFolder, packing: Packing) -> Iterator[J
         half = path.with_name(f"{JOB_NAME}.tmp")
         half.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         half.replace(path)
-    with path.open(encoding="utf-8") as lock:
+    with path.open("r+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: workers would inherit it, and hold it for a moment after this process is killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise PackError(f"another process is packing into {out}") from error
         _check_same(out, json.load(lock), job)
