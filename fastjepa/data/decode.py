@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from fastjepa.data.transforms import Box, Corners
+from fastjepa.data.transforms import Box, Corners, corners_of
 from fastjepa.data.unreadable import UnreadableImage
 
 # Only what folders of images hold: Pillow would hand a PostScript file to an outside program,
@@ -28,6 +28,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_FROM_RIGHT, _FROM_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)  # where the file's first pixel then is
 _FROM_MEMORY = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # where Pillow names the file it read
 
 
@@ -104,27 +105,26 @@ def decode_crop(
         if image.format not in _JPEGS:
             image.load()  # only then is the orientation of some formats known
             whole = to_channels(upright(image), channels)
-            return Crop(whole, _corners(choose(whole.height, whole.width)))
+            return Crop(whole, corners_of(choose(whole.height, whole.width)))
         header = read_header(image)
         box = choose(header.height, header.width)
         scale, whole_width = draft_scale(box, size), image.width
         if scale > 1:
-            reduced = image.draft(None, (image.width // scale, image.height // scale))
-            scale = 1 if reduced is None else round(whole_width / reduced[1][2])
+            drafted = image.draft(None, (image.width // scale, image.height // scale))
+            scale = 1 if drafted is None else round(whole_width / drafted[1][2])
         image.load()
-        # The reduced image's pixel is `scale` of the whole one's to a side, counted from the corner where
-        # the file begins: a turned one may lie aside by a part of its pixel.
-        return Crop(to_channels(upright(image), channels), _corners(box, scale))
+        reduced = to_channels(upright(image), channels)
+        # A reduced pixel is `scale` of the whole's to a side, counted from where the file begins. Where EXIF
+        # turns that side to the right or bottom, the last, incomplete one comes first.
+        aside = reduced.width - header.width / scale if header.orientation in _FROM_RIGHT else 0.0
+        below = reduced.height - header.height / scale if header.orientation in _FROM_BOTTOM else 0.0
+        left, top = aside + box.left / scale, below + box.top / scale
+        return Crop(reduced, Corners(left, top, left + box.width / scale, top + box.height / scale))
 
 
 def draft_scale(box: Box, size: int) -> int:
     """The largest of 1, 2, 4, 8 that leaves a part no smaller than it is to be."""
     return next(s for s in (8, 4, 2, 1) if s == 1 or min(box.height, box.width) >= s * size)
-
-
-def _corners(box: Box, scale: int = 1) -> Corners:
-    left, top = box.left / scale, box.top / scale
-    return Corners(left, top, left + box.width / scale, top + box.height / scale)
 
 
 @contextmanager

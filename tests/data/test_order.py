@@ -128,7 +128,7 @@ def test_shards_are_shuffled_a_few_together_and_every_image_comes_once(
     assert len(indices.unique()) == len(indices)
     assert 0 <= int(indices.min()) <= int(indices.max()) < order.images
     shards = torch.searchsorted(torch.tensor(order.shard_ends), indices, right=True).tolist()
-    # Between its first and its last image a shard is open; of no more than so many at a time is anything read.
+    # Between its first and its last image a shard is open; never are more of them than so many.
     opens = {shard: place for place, shard in reversed(list(enumerate(shards)))}
     closes = {shard: place for place, shard in enumerate(shards)}
     for place in range(len(shards)):
