@@ -3,7 +3,8 @@
 A separable filter is a matrix on each axis: view = V @ crop @ Hᵀ, of which V and H, [size, pixels], hold
 a few weights that are not zero in each row. They are the bicubic ones (Keys, 1981, a = -1/2), stretched
 where pixels become fewer, so that nothing aliases, and the result is rounded to 8 bits after each axis: what
-Pillow does, and so the same view to within one of 255 levels. `grid_sample` has no filter that stretches.
+Pillow does, and so the same view to within one of 255 levels (of images far taller than wide Pillow takes the
+height first, and clips other values on the way). `grid_sample` has no filter that stretches.
 """
 
 import math
