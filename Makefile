@@ -22,7 +22,7 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint performance scale-model aot ext ext-cuda lint docs clean
+.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-loader performance scale-model aot ext ext-cuda lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-accuracy: $(DEV) ## Measure accuracy against time and FLOPs, I-JEPA beside
 
 bench-checkpoint: $(DEV) ## Time how long saves stop training, and checkpoints beside the disk; needs 10 GB on it
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m bench.checkpoint $(ARGS)
+
+bench-loader: $(DEV) ## Time decoding, cropping and packing beside a plain DataLoader and webdataset
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore::DeprecationWarning -m bench.loader $(ARGS)
 
 performance: $(DEV) ## Write docs/performance.md and the README's table from bench/results
 	$(BIN)/python -m bench.performance_page $(ARGS)

@@ -26,7 +26,7 @@ def test_every_image_is_where_it_is_said_to_be(
     tmp_path_factory: pytest.TempPathFactory, members: dict[str, tuple[bytes, int]]
 ) -> None:
     path = tmp_path_factory.mktemp("scan") / "a.tar"
-    written = {}
+    written: dict[str, bytes] = {}
     for key, (content, label) in members.items():
         written |= {f"{key}.jpg": content, f"{key}.cls": str(label).encode()}
     found, whole = scan(write_shard(path, written)), path.read_bytes()
