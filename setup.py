@@ -17,10 +17,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 TRAIN = ["deepspeed>=0.19.8", "ninja", "pyyaml", "pillow", "rich", "matplotlib"]
+DATA = ["fsspec", "aiohttp"]  # shards behind http(s)://; s3:// also needs s3fs, gs:// gcsfs
 BENCH = ["pytest>=8", "pytest-benchmark"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript", "timm>=1.0.31", "torchvision", "transformers>=5.18"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 DEV = [
+    *DATA,
     "build",
     "hypothesis",
     "mypy",
@@ -39,6 +41,7 @@ DEV = [
     "torchvision",
     "transformers>=5",
     "types-PyYAML",
+    "webdataset",
 ]
 
 
@@ -141,7 +144,14 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "safetensors"],
-    extras_require={"train": TRAIN, "bench": BENCH, "export": EXPORT, "docs": DOCS, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "data": DATA,
+        "bench": BENCH,
+        "export": EXPORT,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     packages=[*find_packages(include=["fastjepa", "fastjepa.*"]), *find_packages("kernels")],
     package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
     package_data={

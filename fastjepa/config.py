@@ -117,9 +117,11 @@ class OptimConfig:
 
 @dataclass
 class DataConfig:
-    name: Literal["fashion_mnist", "folder"] = "fashion_mnist"
-    root: str | None = None  # of a folder of images, or of the full Fashion-MNIST
-    probe_root: str | None = None  # held-out labelled images of a folder
+    name: Literal["fashion_mnist", "folder", "shards"] = "fashion_mnist"
+    root: str | None = (
+        None  # of a folder of images, of indexed shards (or a URL), or of the full Fashion-MNIST
+    )
+    probe_root: str | None = None  # held-out labelled images: a folder, or shards beside shards
     image_size: Count = 224  # pixels
     channels: Count = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -127,6 +129,8 @@ class DataConfig:
     crop_scale: tuple[float, float] | None = (0.3, 1.0)  # of RandomResizedCrop; null for none
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: Fraction = 0.0  # probability
+    shuffle_shards: Count = 16  # shards whose images are shuffled together
+    max_bad_fraction: Fraction = 0.05  # of the images tried: a run skips so many that cannot be read
     hold_out: CountOrNone = 0  # of the training images, kept for judging instead of the test set: for tuning
 
 
@@ -158,6 +162,10 @@ class SpeedConfig:
     fused_update: bool = True  # AdamW and the target's average in one pass, at stage 0 on one device
     prefetch: bool = True  # the next batch is copied to the device while this one is computed
     workers: CountOrNone = 4  # loader processes per rank; 0 loads in the training process
+    # Of JPEGs; auto: torchvision where it is installed. But for their edges, views agree to within a level.
+    decoder: Literal["auto", "pillow", "torchvision"] = "auto"
+    # Where crops are resized and mirrored: by the loader processes, or as matrix products on the device.
+    augment: Literal["cpu", "device"] = "cpu"
     worker_timeout_s: Positive = 300.0  # without a batch for so long, a loader process hangs
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -205,7 +213,9 @@ class Config:
         """What must not differ between the parts of one run."""
         whole = self.to_dict()
         part = {name: whole[name] for name in RESULT_SECTIONS}
-        part["data"] = {k: v for k, v in whole["data"].items() if k not in ("root", "probe_root")}  # may move
+        # Images may move, and a run that stopped for bad ones may be told to go on.
+        free = ("root", "probe_root", "max_bad_fraction")
+        part["data"] = {k: v for k, v in whole["data"].items() if k not in free}
         part["run"] = {name: whole["run"][name] for name in _RESULTS_OF_RUN}
         own = self.optim.precision if self.speed.target_precision == "auto" else self.speed.target_precision
         return part | {"speed": {"target_precision": own}, "deepspeed": _deciding(whole["deepspeed"])}
@@ -390,6 +400,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"deepspeed.{key} is set through {ours} here")
     if data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")
+    if data.name == "shards" and data.root is None:
+        raise ConfigError(
+            "data.name shards needs data.root, the folder or URL of indexed shards, or their index"
+        )
     _check_graphs(config)
 
 

@@ -15,9 +15,17 @@ from contextlib import closing
 
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
+from fastjepa.data.shards.store import StoreError
 from fastjepa.data.unreadable import TooManyUnreadable
 from fastjepa.data.workers import NotWanted, WorkersDied
-from fastjepa.engine.build import build_augmentation, build_masks, build_model, build_order, build_schedule
+from fastjepa.engine.build import (
+    build_augmentation,
+    build_masks,
+    build_model,
+    build_order,
+    build_reading,
+    build_schedule,
+)
 from fastjepa.engine.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
@@ -42,7 +50,16 @@ from fastjepa.engine.speed import check_speed
 from fastjepa.interop import load_initial_weights
 
 # Errors that the person at the keyboard can do something about: the message is all there is to say.
-TOLD = (ConfigError, CheckpointError, TooManyUnreadable, WorkersDied, NonFinite, PeerFailed, TimeoutError)
+TOLD = (
+    ConfigError,
+    CheckpointError,
+    TooManyUnreadable,
+    WorkersDied,
+    StoreError,
+    NonFinite,
+    PeerFailed,
+    TimeoutError,
+)
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 
@@ -84,7 +101,8 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
     """One run, or the rest of one; the exit status."""
     # Whatever does not fit together is refused here, before anything is written.
     images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
-    order = build_order(config, len(images.train))
+    order = build_order(config, len(images.train), images.shard_ends)
+    build_reading(config)
     schedule = build_schedule(config, order.steps_per_epoch)
     check_speed(config, world)
     deepspeed_config(config, world.size)
@@ -200,6 +218,7 @@ def batches_of(run: Run) -> Generator[Batch, None, None]:
         worker_timeout_s=config.speed.worker_timeout_s,
         should_stop=run.stop.is_made,
         pin_memory=world.device.type == "cuda",
+        reading=build_reading(config),
     )
 
 

@@ -213,7 +213,7 @@ def test_only_what_changes_results_is_part_of_them(section: str, key: str) -> No
         ("run", "max_bad_steps"),
         ("speed", "target_precision"),
     )
-    may_move = section == "data" and key in ("root", "probe_root")
+    may_move = section == "data" and key in ("root", "probe_root", "max_bad_fraction")
     assert differs == (decides and not may_move)
 
 

@@ -1,5 +1,6 @@
 """A folder of image files, at any depth."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastjepa.data.decode import decode_image
+from fastjepa.data.decode import decode_image, unreadable_unless_good
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+# Folders of these names, and of no others, are parts of a data set and no classes.
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
 
 class ImageFolder:
@@ -66,6 +70,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def fingerprint(self) -> str:
+        """Of the names of all images: another if one is added, removed or renamed."""
+        names = hashlib.sha256(self._names.numpy().tobytes())
+        names.update(self._ends.numpy().tobytes())
+        return names.hexdigest()[:16]
+
     def path(self, index: int) -> str:
         """The file of an image."""
         start = int(self._ends[index - 1]) if index else 0
@@ -75,6 +85,23 @@ class ImageFolder:
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         """One image, as `decode_image` gives it; raises UnreadableImage."""
         return decode_image(self.path(index), self.channels, min_side)
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image's file; raises UnreadableImage."""
+        path = self.path(index)
+        with unreadable_unless_good(path), open(path, "rb") as file:
+            return file.read()
+
+
+def check_no_splits(images: ImageFolder) -> None:
+    """Raises ValueError if the folders that look like classes are the parts of a data set."""
+    names = images.class_names or ()
+    if names and {name.lower() for name in names} <= _SPLITS:
+        root = os.fsdecode(images.root)
+        raise ValueError(
+            f"{root} holds {', '.join(names)}, which are parts of a data set and no classes: give one of "
+            f"them, such as {os.path.join(root, names[0])}"
+        )
 
 
 def _walk(root: bytes, below: bytes, ancestors: frozenset[tuple[int, int]]) -> Iterator[bytes]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastjepa.data.order import GlobalOrder, rank_slice
+from fastjepa.data.resample import Resampling
 from fastjepa.data.transforms import Augmentation
 from fastjepa.data.unreadable import UnreadableCounter
-from fastjepa.data.views import ImageSet, read_views
+from fastjepa.data.views import DEFAULT, ImageSet, Reading, read_views
 from fastjepa.data.workers import in_order
 from fastjepa.masks import Masks, MaskSampler
 
@@ -22,12 +23,13 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        images: uint8 [B, C, H, W].
+        images: uint8 [B, C, H, W]. With a `resampling`, crops that `to` makes views of.
         image_index: int64 [B], their numbers in the set.
         masks: for these images at this epoch and step.
         epoch: from 0.
         step: the optimizer step, from 0.
         unreadable: path -> reason, of images whose place was given to the next readable one.
+        resampling: what is left to be done on the device.
     """
 
     images: Tensor
@@ -36,21 +38,22 @@ class Batch:
     epoch: int
     step: int
     unreadable: dict[str, str]
+    resampling: Resampling | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Pixels and masks on a device; from pinned memory without waiting for the copy."""
         device = torch.device(device)
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            masks=self.masks.to(device, non_blocking=True),
-        )
+        images = self.images.to(device, non_blocking=True)
+        if self.resampling is not None:
+            images = self.resampling.to(device)(images)
+        return replace(self, images=images, masks=self.masks.to(device, non_blocking=True), resampling=None)
 
     def pin_memory(self) -> "Batch":
         return replace(
             self,
             images=self.images.pin_memory(),
             masks=self.masks.pin_memory(),
+            resampling=None if self.resampling is None else self.resampling.pin_memory(),
         )
 
 
@@ -69,11 +72,13 @@ class _ReadBatch:
     size: int
     augmentation: Augmentation
     seed: int
+    reading: Reading
 
     def __call__(self, turn: _Turn) -> Batch:
-        views = read_views(self.images, turn.image_index, self.size, self.augmentation, self.seed, turn.epoch)
-        masks = self.masks.sample(views.image_index, epoch=turn.epoch, step=turn.step)
-        return Batch(views.pixels, views.image_index, masks, turn.epoch, turn.step, views.unreadable)
+        step, epoch, index = turn
+        views = read_views(self.images, index, self.size, self.augmentation, self.seed, epoch, self.reading)
+        masks = self.masks.sample(views.image_index, epoch=epoch, step=step)
+        return Batch(views.pixels, views.image_index, masks, epoch, step, views.unreadable, views.resampling)
 
 
 def make_loader(
@@ -93,6 +98,7 @@ def make_loader(
     worker_timeout_s: float = 300,
     should_stop: Callable[[], bool] = lambda: False,
     pin_memory: bool = False,
+    reading: Reading = DEFAULT,
 ) -> Generator[Batch, None, None]:
     """A rank's micro-batches, `accumulation` for each step, across epochs.
 
@@ -109,10 +115,11 @@ def make_loader(
         worker_timeout_s: how long to wait for a batch before a worker is taken to hang.
         should_stop: asked once a second while a worker's batch is waited for.
         pin_memory: hand out batches in pinned memory, for a GPU.
+        reading: by which decoder, where crops are resized, how many images may be unreadable.
 
     Raises:
         ValueError: `order` is of another number of images, or its global batch does not divide.
-        TooManyUnreadable: while reading, more than 5 % of the images tried cannot be read.
+        TooManyUnreadable: while reading, more of the images tried cannot be read than `reading` lets pass.
         NotWanted: while reading, `should_stop` said so.
         TimeoutError: while reading, a worker hangs.
         WorkersDied: while reading, workers are killed again and again.
@@ -132,7 +139,7 @@ def make_loader(
                 yield _Turn(step, epoch, micro_batch.tolist())
 
     batches = in_order(
-        _ReadBatch(images, masks, size, augmentation, seed),
+        _ReadBatch(images, masks, size, augmentation, seed, reading),
         turns(),
         workers=workers,
         describe=images.path,
@@ -140,7 +147,7 @@ def make_loader(
         should_stop=should_stop,
         pin_memory=pin_memory,
     )
-    return _watched(batches, UnreadableCounter(len(images)))
+    return _watched(batches, UnreadableCounter(len(images), reading.max_bad_fraction))
 
 
 def _watched(

@@ -26,3 +26,6 @@ class Subset:
 
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         return self.whole.read(int(self.indices[index]), min_side)
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.whole.encoded(int(self.indices[index]))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
-_TOLERATED_FRACTION = 0.05
+MAX_BAD_FRACTION = 0.05
 _ALWAYS_TOLERATED = 2
-_FEWEST_TRIED = 200  # 5 % of fewer is so few that a healthy set exceeds it by bad luck
+_FEWEST_TRIED = 200  # the usual 5 % of fewer is so few that a healthy set exceeds it by bad luck
 
 
 class UnreadableImage(Exception):
@@ -30,25 +30,30 @@ class TooManyUnreadable(RuntimeError):
     """More images cannot be read than a run may skip."""
 
 
-def tolerated(tried: int, images: int) -> int:
+def tolerated(tried: int, images: int, max_bad_fraction: float = MAX_BAD_FRACTION) -> int:
     """How many unreadable images a run skips.
 
-    5 % of the images tried, taken as at least 200 (or all, where there are fewer), and never
-    fewer than 2.
+    A fraction of the images tried, taken as at least 200 (or all, where there are fewer), and never
+    fewer than 2, unless the fraction is 0.
 
     Args:
         tried: distinct images tried so far.
         images: images in the set.
+        max_bad_fraction: the fraction; 0 skips none.
     """
-    return max(_ALWAYS_TOLERATED, int(_TOLERATED_FRACTION * max(tried, min(images, _FEWEST_TRIED))))
+    if not max_bad_fraction:
+        return 0
+    return max(_ALWAYS_TOLERATED, int(max_bad_fraction * max(tried, min(images, _FEWEST_TRIED))))
 
 
-def too_many(reasons: Mapping[str, str], tried: int) -> TooManyUnreadable:
+def too_many(
+    reasons: Mapping[str, str], tried: int, max_bad_fraction: float = MAX_BAD_FRACTION
+) -> TooManyUnreadable:
     """The error to raise, naming the count and the first few of `reasons` (path -> reason)."""
     first = "".join(f"\n  {path}: {reason}" for path, reason in list(reasons.items())[:5])
     return TooManyUnreadable(
-        f"{len(reasons)} of {tried} images cannot be read; at most {_TOLERATED_FRACTION:.0%} are skipped. "
-        f"Repair or remove them. The first:{first}"
+        f"{len(reasons)} of {tried} images cannot be read; at most {100 * max_bad_fraction:.3g}% are "
+        f"skipped. Repair or remove them. The first:{first}"
     )
 
 
@@ -58,10 +63,12 @@ class UnreadableCounter:
 
     Attributes:
         images: images in the set.
+        max_bad_fraction: of those tried, how many may be unreadable; see `tolerated`.
         reasons: path -> reason, of every unreadable image so far.
     """
 
     images: int
+    max_bad_fraction: float = MAX_BAD_FRACTION
     reasons: dict[str, str] = field(default_factory=dict)
     _read: Tensor = field(init=False, repr=False)  # bool [images]: read at least once
 
@@ -86,5 +93,5 @@ class UnreadableCounter:
             _log.warning("skipped %s: %s", path, reason)
         self.reasons |= new
         tried = int(self._read.sum()) + len(self.reasons)
-        if len(self.reasons) > tolerated(tried, self.images):
-            raise too_many(self.reasons, tried)
+        if len(self.reasons) > tolerated(tried, self.images, self.max_bad_fraction):
+            raise too_many(self.reasons, tried, self.max_bad_fraction)

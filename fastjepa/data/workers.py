@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastjepa.data.shards.store import StoreError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -90,13 +92,15 @@ def note(at: int) -> None:
         _my_row[_AT] = at
 
 
-class _Work(Dataset[Result], Generic[Item, Result]):
+class _Work(Dataset[Any], Generic[Item, Result]):
     def __init__(self, work: Callable[[Item], Result]) -> None:
         self.work = work
 
-    def __getitem__(self, item: Any) -> Result:
+    def __getitem__(self, item: Any) -> "Result | StoreError":
         try:
             return self.work(item)
+        except StoreError as error:  # raised in a worker it would come with all the lines of its traceback
+            return error
         finally:
             if _my_row is not None:
                 _my_row[_AT] = _IDLE
@@ -244,14 +248,14 @@ def _next(
     """The next result; StopIteration after the last.
 
     Raises:
-        NotWanted, TimeoutError, _Died: instead of it.
+        NotWanted, TimeoutError, _Died, StoreError: instead of it.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
         if who := _who_died(results, board, describe, within_s=0):
             raise _Died(who)
         try:
-            return next(results)
+            result = next(results)
         except StopIteration:
             raise
         except Exception as error:
@@ -265,6 +269,10 @@ def _next(
                 raise NotWanted from error
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(_who_hangs(board, describe, timeout_s)) from error
+        else:
+            if isinstance(result, StoreError):
+                raise result
+            return result
 
 
 def _who_died(results: Any, board: Tensor, describe: Callable[[int], str], within_s: float) -> str:

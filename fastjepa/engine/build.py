@@ -3,8 +3,10 @@
 import torch
 
 from fastjepa.config import Config, ConfigError
+from fastjepa.data.decoders import NoDecoder, choose_decoder
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
+from fastjepa.data.views import Reading
 from fastjepa.engine.schedules import Schedule
 from fastjepa.masks import MaskSampler, MultiBlockMasks, RandomMasks
 from fastjepa.models import (
@@ -127,12 +129,27 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
         raise ConfigError(str(error)) from error
 
 
-def build_order(config: Config, images: int) -> GlobalOrder:
-    """The order of the training images."""
+def build_order(config: Config, images: int, shard_ends: tuple[int, ...] = ()) -> GlobalOrder:
+    """The order of the training images; `shard_ends` as of `RunImages`."""
     try:
-        return GlobalOrder(images, config.optim.global_batch, config.run.seed)
+        return GlobalOrder(
+            images,
+            config.optim.global_batch,
+            config.run.seed,
+            shard_ends=shard_ends,
+            shuffle_shards=config.data.shuffle_shards,
+        )
     except ValueError as error:
         raise ConfigError(f"optim.global_batch: {error}") from error
+
+
+def build_reading(config: Config) -> Reading:
+    """How training images become views."""
+    try:
+        decoder = choose_decoder(config.speed.decoder)
+    except NoDecoder as error:
+        raise ConfigError(str(error)) from error
+    return Reading(decoder, config.speed.augment, config.data.max_bad_fraction)
 
 
 def build_augmentation(config: Config) -> Augmentation:

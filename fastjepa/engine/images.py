@@ -1,12 +1,15 @@
 """Which images a run trains on, and which judge it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fastjepa.config import Config, ConfigError
 from fastjepa.data.fashion_mnist import FashionMNIST
-from fastjepa.data.folder import ImageFolder
+from fastjepa.data.folder import ImageFolder, check_no_splits
+from fastjepa.data.shards.shard_set import ShardSet
+from fastjepa.data.shards.store import is_url
 from fastjepa.data.subset import Subset
 from fastjepa.data.views import ImageSet
 
@@ -17,12 +20,14 @@ class RunImages:
     train: what the objective sees, without labels.
     bank, queries: labelled images that probes learn from and are judged on; None if there are none.
     note: why there is no probe, or what it is judged on.
+    shard_ends: how many of `train` there are up to the end of each shard; empty without shards.
     """
 
     train: ImageSet
     bank: ImageSet | None
     queries: ImageSet | None
     note: str
+    shard_ends: tuple[int, ...] = ()
 
 
 def open_images(config: Config) -> RunImages:
@@ -32,6 +37,7 @@ def open_images(config: Config) -> RunImages:
         ConfigError: a folder that is not there or holds no images, or settings that do not fit it.
     """
     data = config.data
+    shard_ends: tuple[int, ...] = ()
     try:
         train: ImageSet
         held_out: ImageSet | None
@@ -39,9 +45,17 @@ def open_images(config: Config) -> RunImages:
             train = FashionMNIST(data.root, "train")
             held_out = None if data.hold_out else FashionMNIST(data.root, "test")
             kind = "test images"
+        elif data.name == "shards":
+            assert data.root is not None  # the configuration was checked
+            shards = ShardSet(data.root, data.channels)
+            train, shard_ends = shards, shards.shard_ends
+            held_out = _shards_or_folder(data.probe_root, data.channels) if data.probe_root else None
+            kind = f"images of {data.probe_root}"
         else:
             assert data.root is not None  # the configuration was checked
-            train = ImageFolder(data.root, data.channels)
+            folder = ImageFolder(data.root, data.channels)
+            check_no_splits(folder)
+            train = folder
             held_out = ImageFolder(data.probe_root, data.channels) if data.probe_root else None
             kind = f"images of {data.probe_root}"
     except (ValueError, OSError) as error:
@@ -58,19 +72,31 @@ def open_images(config: Config) -> RunImages:
         chosen = torch.arange(data.hold_out) * len(train) // data.hold_out
         rest = torch.ones(len(train), dtype=torch.bool)
         rest[chosen] = False
+        if shard_ends:
+            shard_ends = tuple(rest.cumsum(0)[torch.tensor(shard_ends) - 1].tolist())
         train, held_out = Subset(train, rest.nonzero()[:, 0]), Subset(train, chosen)
         kind = "training images, held out"
 
     if held_out is None:
-        return RunImages(train, None, None, "no probe: set data.probe_root or data.hold_out to judge")
+        return RunImages(
+            train, None, None, "no probe: set data.probe_root or data.hold_out to judge", shard_ends
+        )
+    unlabelled = "the images have no labels" if shard_ends else "the images are in no class folders"
     if train.labels is None or held_out.labels is None:
-        return RunImages(train, None, None, "no probe: the images are in no class folders")
+        return RunImages(train, None, None, f"no probe: {unlabelled}", shard_ends)
     if list(train.class_names or ()) != list(held_out.class_names or ()):
         raise ConfigError(
             f"data.probe_root has other classes than data.root: {_some(held_out)} instead of {_some(train)}"
         )
     count = min(len(held_out), config.probe.final_queries)
-    return RunImages(train, train, held_out, f"judged on {count:,} {kind}")
+    return RunImages(train, train, held_out, f"judged on {count:,} {kind}", shard_ends)
+
+
+def _shards_or_folder(root: str, channels: int) -> ImageSet:
+    """Shards if there are any, else a folder of images."""
+    if not is_url(root) and Path(root).is_dir() and not any(Path(root).glob("*.tar")):
+        return ImageFolder(root, channels)
+    return ShardSet(root, channels)
 
 
 def _some(images: ImageSet) -> str:

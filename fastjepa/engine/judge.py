@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, ProbeConfig
 from fastjepa.data.labelled import evaluation_batches
+from fastjepa.data.unreadable import MAX_BAD_FRACTION
 from fastjepa.data.views import ImageSet
 from fastjepa.data.workers import NotWanted
 from fastjepa.engine.images import RunImages
@@ -57,6 +58,7 @@ class Judge:
         device: where encoders run.
         seed: of the split on which the linear probe's regularisation is chosen.
         should_stop: whether the run has been told to.
+        max_bad_fraction: of the images, how many may be unreadable.
     """
 
     bank: ImageSet
@@ -68,6 +70,7 @@ class Judge:
     device: torch.device
     seed: int
     should_stop: Callable[[], bool]
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
     @classmethod
     def of(
@@ -86,6 +89,7 @@ class Judge:
             device,
             config.run.seed,
             should_stop,
+            config.data.max_bad_fraction,
         )
 
     def pixels(self) -> Verdict:
@@ -138,6 +142,7 @@ class Judge:
             workers=self.workers,
             worker_timeout_s=self.worker_timeout_s,
             should_stop=self.should_stop,
+            max_bad_fraction=self.max_bad_fraction,
         )
 
     def _judge(

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     CROP = 6
     FLIP = 7
     IMAGE_ORDER = 8
+    SHARD_ORDER = 9
 
 
 def random_words(

@@ -14,6 +14,7 @@ from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.data.unreadable import TooManyUnreadable
+from fastjepa.data.views import Reading
 from fastjepa.masks import MultiBlockMasks, RandomMasks
 
 CROP = Augmentation(crop_scale=(0.3, 1.0), flip_probability=0.5)
@@ -142,3 +143,16 @@ def test_a_batch_survives_a_trip_between_processes(images: ImageFolder) -> None:
     copy = pickle.loads(pickle.dumps(batch))
     assert {field.name for field in fields(copy)} == {field.name for field in fields(Batch)}
     assert_same([batch], [copy])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_resized_on_the_device_are_the_same_batch(images: ImageFolder, workers: int) -> None:
+    here = load(images, last_step=2)
+    there = load(images, last_step=2, workers=workers, reading=Reading(augment="device"))
+    for ours, theirs in zip(there, here, strict=True):
+        assert ours.resampling is not None
+        moved = ours.to("cpu")
+        assert moved.resampling is None
+        assert (moved.images.int() - theirs.images.int()).abs().max() <= 1
+        assert torch.equal(moved.image_index, theirs.image_index)
+        assert torch.equal(moved.masks.context, theirs.masks.context)

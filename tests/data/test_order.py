@@ -3,7 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastjepa.data import order as order_module
 from fastjepa.data.order import GlobalOrder, rank_slice
+from fastjepa.masks.counter import Stream
+
+# A run on a folder, or on images in memory, that was begun before there were shards goes on with these.
+FOLDER_ORDER = [[6, 1, 9, 4, 0], [8, 2, 5, 7, 3]]
 
 
 @st.composite
@@ -95,3 +100,75 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(
 ) -> None:
     with pytest.raises(ValueError, match=f"{batch} does not divide into {world_size} ranks .*{nearest}"):
         rank_slice(torch.arange(batch), 0, world_size, accumulation)
+
+
+@st.composite
+def shard_orders(draw: st.DrawFn) -> GlobalOrder:
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(any))
+    ends = tuple(torch.tensor(sizes).cumsum(0).tolist())
+    batch, seed, together = (
+        draw(st.integers(1, ends[-1])),
+        draw(st.integers(0, 2**63)),
+        draw(st.integers(1, 25)),
+    )
+    return GlobalOrder(ends[-1], batch, seed, shard_ends=ends, shuffle_shards=together)
+
+
+def epoch_of(order: GlobalOrder, epoch: int) -> torch.Tensor:
+    first = epoch * order.steps_per_epoch
+    return torch.cat([order.batch(step)[1] for step in range(first, first + order.steps_per_epoch)])
+
+
+@given(shard_orders(), st.integers(0, 3))
+def test_shards_are_shuffled_a_few_together_and_every_image_comes_once(
+    order: GlobalOrder, epoch: int
+) -> None:
+    indices = epoch_of(order, epoch)
+    assert len(indices) == order.steps_per_epoch * order.global_batch
+    assert len(indices.unique()) == len(indices)
+    assert 0 <= int(indices.min()) <= int(indices.max()) < order.images
+    shards = torch.searchsorted(torch.tensor(order.shard_ends), indices, right=True).tolist()
+    # Between its first and its last image a shard is open; never are more of them than so many.
+    opens = {shard: place for place, shard in reversed(list(enumerate(shards)))}
+    closes = {shard: place for place, shard in enumerate(shards)}
+    for place in range(len(shards)):
+        assert sum(opens[shard] <= place <= closes[shard] for shard in opens) <= order.shuffle_shards
+
+
+@given(shard_orders(), st.lists(st.integers(0, 5000), min_size=1, max_size=5))
+def test_a_step_has_its_images_of_shards_wherever_one_starts(order: GlobalOrder, steps: list[int]) -> None:
+    straight = {step: order.batch(step)[1] for step in sorted(steps)}
+    for step in steps:
+        assert torch.equal(order.batch(step)[1], straight[step])
+
+
+def test_shards_come_in_another_order_in_each_epoch_and_run() -> None:
+    ends = tuple(range(100, 3100, 100))
+    order = GlobalOrder(3000, 30, seed=0, shard_ends=ends, shuffle_shards=4)
+    firsts = [epoch_of(order, epoch)[:400] // 100 for epoch in range(3)]
+    other = GlobalOrder(3000, 30, seed=1, shard_ends=ends, shuffle_shards=4)
+    seen = {tuple(shards.unique().tolist()) for shards in (*firsts, epoch_of(other, 0)[:400] // 100)}
+    assert len(seen) == 4
+    assert all(len(shards) == 4 for shards in seen)
+    assert len(firsts[0][:40].unique()) == 4  # shuffled together, and not one after another
+
+
+def test_no_more_of_the_order_is_computed_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, drawn = order_module.random_words, list[int]()
+
+    def counted(seed: int, stream: Stream, index: torch.Tensor, epoch: int, count: int) -> torch.Tensor:
+        drawn.append(len(index))
+        return words(seed, stream, index, epoch, count)
+
+    monkeypatch.setattr(order_module, "random_words", counted)
+    ends = tuple(range(1000, 1_201_000, 1000))
+    order = GlobalOrder(1_200_000, 256, seed=3, shard_ends=ends, shuffle_shards=8)
+    order.batch(9_999)
+    assert sum(drawn) <= 1200 + 2 * 8 * 1000
+
+
+def test_the_order_of_a_folder_is_what_it_was() -> None:
+    order = GlobalOrder(10, 5, seed=7)
+    assert [order.batch(step)[1].tolist() for step in range(2)] == FOLDER_ORDER
+    with pytest.raises(ValueError, match="the shards end after 9 images, the set has 10"):
+        GlobalOrder(10, 5, seed=7, shard_ends=(4, 9))

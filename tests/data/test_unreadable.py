@@ -3,6 +3,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastjepa.data.unreadable import TooManyUnreadable, UnreadableCounter, UnreadableImage, tolerated
 
@@ -61,3 +63,19 @@ def test_bad_luck_at_the_start_does_not_stop_a_large_set() -> None:
 def test_the_error_survives_a_trip_between_processes() -> None:
     error = pickle.loads(pickle.dumps(UnreadableImage("/a.jpg", "empty")))
     assert (error.path, error.reason, str(error)) == ("/a.jpg", "empty", "/a.jpg: empty")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), st.floats(0, 1))
+def test_a_larger_fraction_tolerates_no_fewer(tried: int, images: int, fraction: float) -> None:
+    assert tolerated(tried, images, 0.0) == 0
+    assert tolerated(tried, images, fraction / 2) <= tolerated(tried, images, fraction)
+    assert tolerated(tried, images, 1.0) >= tried
+
+
+def test_a_fraction_of_nothing_stops_at_the_first() -> None:
+    with pytest.raises(TooManyUnreadable, match=r"1 of 1001 images cannot be read; at most 0% are skipped"):
+        UnreadableCounter(2000, max_bad_fraction=0.0).update(torch.arange(1000), bad(1))
+    lenient = UnreadableCounter(400, max_bad_fraction=0.25)
+    lenient.update(torch.arange(300), bad(100))
+    with pytest.raises(TooManyUnreadable, match=r"101 of 401 .*at most 25% are skipped"):
+        lenient.update(torch.arange(300), bad(1, start=100))

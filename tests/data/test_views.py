@@ -26,7 +26,7 @@ def folder(path: Path, count: int = 60, broken: Container[int] = ()) -> ImageFol
 
 def test_in_memory_and_through_pictures_give_the_same_pixels() -> None:
     data = FashionMNIST(split="test")
-    pixels, index, unreadable = read_views(data, [5, 3, 5], 28)
+    pixels, index, unreadable, _ = read_views(data, [5, 3, 5], 28)
     assert torch.equal(pixels, data.images[[5, 3, 5]])
     assert index.tolist() == [5, 3, 5]
     assert unreadable == {}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastjepa.data import workers
+from fastjepa.data.shards.store import StoreError
 from fastjepa.data.workers import MOST_DEATHS, WITHIN_RESULTS, WorkersDied, in_order, note
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,3 +208,17 @@ def test_python_exits_though_results_are_left_open_and_a_worker_hangs(tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "1", "2"]
     assert done.stderr == ""
+
+
+def unanswered(item: int) -> int:
+    if item == 2:
+        raise StoreError("cannot read s3://bucket/a.tar, tried 4 times: it is gone")
+    return item
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_does_not_answer_is_told_in_one_line(workers: int) -> None:
+    results = in_order(unanswered, range(9), workers=workers, describe=str, timeout_s=60)
+    with closing(results), pytest.raises(StoreError) as told:
+        list(results)
+    assert str(told.value) == "cannot read s3://bucket/a.tar, tried 4 times: it is gone"

@@ -79,6 +79,9 @@ class FashionMNIST:
 
         return Image.fromarray(self.images[index, 0].numpy())
 
+    def encoded(self, index: int) -> None:
+        """Nothing: the pixels are in memory."""
+
     def path(self, index: int) -> str:
         """The file that holds the image, and its place there."""
         return f"{self.path_of_images}[{index}]"

@@ -1,0 +1,1 @@
+"""How fast images come to the step, beside what people use for it."""
