@@ -1,0 +1,1 @@
+"""The published protocols on a trained encoder: what `fastjepa probe` does, and how results are compared."""
