@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fastjepa import __version__
-from fastjepa.commands import checkpoint, export, report
+from fastjepa.commands import checkpoint, export, probe, report
 from fastjepa.commands.refusal import refuse
 
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastjepa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="pretrain an encoder, or resume; fastjepa train --help says more")
-    for command in (report, export, checkpoint):
+    for command in (report, probe, export, checkpoint):
         command.add_to(commands)
     return parser
 

@@ -13,6 +13,7 @@ FLOPs for each image: keys and values of the N tokens are never made.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,10 @@ def fit_attentive(
     probe = AttentiveProbe(width, classes, generator=torch.Generator().manual_seed(seed)).to(device)
     decayed = [p for p in probe.parameters() if p.ndim > 1]
     others = [p for p in probe.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
     steps, step = settings.epochs * math.ceil(images / settings.batch), 0
     for number in range(settings.epochs):

@@ -93,7 +93,10 @@ class Heads:
     _bias_velocity: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._weight_velocity, self._bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self._weight_velocity, self._bias_velocity = (
+            torch.zeros_like(self.weight),
+            torch.zeros_like(self.bias),
+        )
         where = self.weight.device
         self._lr = torch.tensor([head.lr for head in self.heads], device=where)[:, None]  # [H, 1]
         self._decay = torch.tensor([head.weight_decay for head in self.heads], device=where)[:, None, None]

@@ -72,8 +72,9 @@ def open_probe_images(
             f"{len(train)} images to learn from hold {len(labels.unique())} of {classes} classes: give more "
             f"images, at least one of every class{'' if train_images is None else ', with --train-images'}"
         )
-    return ProbeImages(train, test, f"{note}: {len(train):,} to learn from, {len(test):,} tested",
-                       _fingerprint(train, test))
+    return ProbeImages(
+        train, test, f"{note}: {len(train):,} to learn from, {len(test):,} tested", _fingerprint(train, test)
+    )
 
 
 def _open(
@@ -153,9 +154,9 @@ def _fingerprint(*sets: ImageSet) -> str:
     for images in sets:
         assert images.labels is not None
         digest.update(f"{len(images)} {list(images.class_names or ())}".encode())
-        digest.update(images.labels.contiguous().numpy())
+        digest.update(images.labels.contiguous().numpy().data)
         if images.images is not None:
-            digest.update(images.images.contiguous().numpy())
+            digest.update(images.images.contiguous().numpy().data)
             continue
         for index in range(len(images)):  # the folder may move
             path = Path(images.path(index))

@@ -17,9 +17,9 @@ from fastjepa.interop import load_official
 from fastjepa.interop.start import find_checkpoint, load_trained
 from fastjepa.models import VisionTransformer, initialise
 from fastjepa.objectives import JEPA, MAE
+from fastjepa.probe import ENCODERS
 
 PIXELS, UNTRAINED = "raw pixels", "random initialisation"
-ENCODERS = ("target", "context")
 
 
 class ProbeError(ValueError):
@@ -107,7 +107,9 @@ def subject_of(
     """
     model = trained.model
     if encoder == "target" and not isinstance(model, JEPA):
-        raise ProbeError(f"{trained.path} was trained with MAE, which has no target encoder: use --encoder context")
+        raise ProbeError(
+            f"{trained.path} was trained with MAE, which has no target encoder: use --encoder context"
+        )
     chosen = model.target_encoder if encoder == "target" and isinstance(model, JEPA) else model.encoder
     return encoder_subject(f"{encoder} encoder", chosen, blocks, device, dtype)
 
@@ -136,7 +138,9 @@ def encoder_subject(
     check_depth(name, shape.depth, blocks)
     height, width = shape.image_size
     if height != width:
-        raise ProbeError(f"the {name} takes images of {height} x {width} pixels; only square views are probed")
+        raise ProbeError(
+            f"the {name} takes images of {height} x {width} pixels; only square views are probed"
+        )
     fingerprint = fingerprint_of(encoder, f"{shape} {encoder.pixel_mean} {encoder.pixel_std}")
     encoder = encoder.eval().requires_grad_(False).to(device, dtype)
     return Subject(
@@ -167,5 +171,5 @@ def fingerprint_of(network: nn.Module, more: str) -> str:
     digest = hashlib.sha256(more.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
