@@ -145,6 +145,8 @@ def _probe(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
     written = probe(request, lambda text: console.print(text, style="dim", markup=False))
     results = [result for _, result in written]
+    if not console.is_terminal:
+        console.width = max(console.width, table.width_of(results))
     console.print()
     if any(result.rows for result in results):
         console.print(table.accuracies(results))
@@ -170,6 +172,8 @@ def _compare(options: argparse.Namespace) -> int:
     results = [read_result(path) for path in paths]
     first, *others = results
     console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 30 + 50 * len(results)
     names = [_name(path, result.encoder) for path, result in zip(paths, results, strict=True)]
     console.print(table.differences(names, [compare(first, other) for other in others]))
     for name, other in zip(names[1:], others, strict=True):

@@ -9,7 +9,7 @@ from fastjepa.probe.results import Result, Row
 
 MEASURES = {
     "std": ("std", 2),
-    "dead_dimensions": ("dead", 2),
+    "dead_dimensions": ("dead dimensions", 2),
     "rankme": ("RankMe", 0),
     "lidar": ("LiDAR", 0),
     "alpha_req": ("alpha-ReQ", 2),
@@ -17,42 +17,40 @@ MEASURES = {
 }
 
 
-def _empty(first: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    return table
-
-
 def accuracies(results: Sequence[Result]) -> Table:
-    """A row for each subject, a column for each number: percent, and half of its 95 % interval."""
-    table = _empty("features")
+    """A row for each number, a column for each subject: percent, and half of its 95 % interval."""
     rows = [row for result in results for row in result.rows]
-    keys = list(dict.fromkeys(row.key for row in rows))
-    for protocol, variant in keys:
-        table.add_column(f"{protocol}\n{variant}", justify="right", no_wrap=True)
-    by_subject: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        by_subject.setdefault(row.subject, {})[row.key] = row
-    for subject in _encoders_first(results, list(by_subject)):
-        found = by_subject[subject]
-        table.add_row(subject, *(cell(found[key]) if key in found else "" for key in keys))
+    found = {(row.subject, row.key): cell(row) for row in rows}
+    subjects = _encoders_first(results, list(dict.fromkeys(row.subject for row in rows)))
+    table = _empty("protocol", subjects)
+    for key in dict.fromkeys(row.key for row in rows):
+        table.add_row(" ".join(key), *(found.get((subject, key), "") for subject in subjects))
     return table
 
 
 def collapse(results: Sequence[Result]) -> Table:
-    """A row for each subject, a column for each measure."""
-    table = _empty("features")
+    """A row for each measure, a column for each subject."""
     measured = {name: values for result in results for name, values in result.collapse.items()}
-    shown = [key for key in MEASURES if any(key in values for values in measured.values())]
-    for key in shown:
-        table.add_column(MEASURES[key][0], justify="right", no_wrap=True)
-    for subject in _encoders_first(results, list(measured)):
-        values = measured[subject]
-        numbers = (values.get(key) for key in shown)
-        digits = (MEASURES[key][1] for key in shown)
-        table.add_row(
-            subject, *("" if v is None else f"{v:.{d}f}" for v, d in zip(numbers, digits, strict=True))
-        )
+    subjects = _encoders_first(results, list(measured))
+    table = _empty("measure", subjects)
+    for key, (name, digits) in MEASURES.items():
+        numbers = [measured[subject].get(key) for subject in subjects]
+        if any(number is not None for number in numbers):
+            table.add_row(name, *("" if v is None else f"{v:.{digits}f}" for v in numbers))
+    return table
+
+
+def width_of(results: Sequence[Result]) -> int:
+    """Columns that the tables need, for where there is no terminal to say how many there are."""
+    subjects = {row.subject for result in results for row in result.rows}
+    return 28 + sum(max(11, *map(len, name.split())) + 2 for name in subjects)
+
+
+def _empty(first: str, columns: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", min_width=11)
     return table
 
 
@@ -63,8 +61,7 @@ def differences(names: Sequence[str], compared: Sequence[Sequence[Compared]]) ->
         names: of the results.
         compared: for each result after the first, its numbers against the first's.
     """
-    table = _empty("protocol")
-    table.add_column(names[0], justify="right")
+    table = _empty("protocol", names[:1])
     for name in names[1:]:
         table.add_column(name, justify="right")
         table.add_column("difference", justify="right")
