@@ -1,7 +1,7 @@
 """Other people's encoders as baselines: timm's and Hugging Face's, imported only when one is asked for."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ def _of_timm(given: str, name: str, blocks: int, device: torch.device, dtype: to
         raise ProbeError(f"timm has no model {name}{hint}")
     if file and (not file.endswith(".safetensors") or not Path(file).is_file()):
         raise ProbeError(f"{given}: {file} is no .safetensors file, and nothing else is read: give one")
-    overlay = {"file": file} if file else None
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(name, pretrained=not file, num_classes=0)
+        if file:
+            _load_whole(model, file, model.pretrained_cfg.get("classifier") or "head")
     except Exception as error:  # of the hub, of the network, of a file that does not fit
         raise ProbeError(_not_at_hand(given, error, f"timm:{name}=FILE.safetensors")) from error
     if not hasattr(model, "blocks") or not hasattr(model, "forward_intermediates"):
@@ -65,7 +66,11 @@ def _of_transformers(given: str, name: str, blocks: int, device: torch.device, d
         raise ProbeError(f"{given}: there is no folder {name}; give one that save_pretrained wrote")
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
+        model, report = transformers.AutoModel.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True
+        )
+        # Such tensors would be drawn at random; a pooler is not used here.
+        _check_none_missing(key for key in report["missing_keys"] if "pooler" not in key)
     except Exception as error:  # of the hub, of the network, of a folder that is not one
         raise ProbeError(_not_at_hand(given, error, "hf:FOLDER")) from error
     config = model.config
@@ -97,6 +102,23 @@ def _of_transformers(given: str, name: str, blocks: int, device: torch.device, d
 
     pixels = _normalisation(transformers, given, name)
     return _subject(given, model, last, config.image_size, config.num_channels, pixels, device, dtype)
+
+
+def _load_whole(model: nn.Module, file: str, classifier: str) -> None:
+    """Every tensor of the model from a file; timm itself leaves those at random that are not in it."""
+    from safetensors.torch import load_file
+
+    found = model.load_state_dict(load_file(file), strict=False)
+    _check_none_missing(found.missing_keys)
+    odd = [key for key in found.unexpected_keys if not key.startswith(f"{classifier}.")]
+    if odd:
+        raise ValueError(f"it has {len(odd)} tensors that the model has not, {odd[0]} first")
+
+
+def _check_none_missing(keys: Iterable[str]) -> None:
+    missing = sorted(keys)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors of the model are not in it, {missing[0]} first")
 
 
 def _normalisation(transformers: Any, given: str, name: str) -> tuple[Sequence[float], Sequence[float]]:

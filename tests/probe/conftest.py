@@ -28,7 +28,7 @@ def mae_run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.Te
     """A finished run of MAE, of depth 1."""
     trainer = trainer_at(tmp_path_factory.mktemp("probe_mae"))
     small = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
-    trainer("objective.name=mae", "optim.steps=2", *small).check()
+    trainer("objective.name=mae", "optim.steps=5", *small).check()
     return trainer.run
 
 

@@ -1,5 +1,7 @@
 """Encoders of timm and Hugging Face, real and small, with weights from files."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,10 @@ def test_what_is_refused_says_what_to_do(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pickle = tmp_path / "weights.bin"
     torch.save({}, pickle)
+    deeper = tmp_path / "deeper"
+    shutil.copytree(vit[0], deeper)
+    config = json.loads((deeper / "config.json").read_text())
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     resnet = timm.create_model("test_resnet", num_classes=0)
     file = tmp_path / "resnet.safetensors"
     save_file(resnet.state_dict(), file)
@@ -93,10 +99,11 @@ def test_what_is_refused_says_what_to_do(
         ("timm:vit_smal_patch16_224", 2, "timm has no model vit_smal_patch16_224"),
         (f"timm:{NAME}={pickle}", 2, "is no .safetensors file, and nothing else is read"),
         (f"timm:{NAME}={tmp_path}/no.safetensors", 2, "is no .safetensors file"),
-        (f"timm:{NAME}={file}", 2, "are not at hand"),
+        (f"timm:{NAME}={file}", 2, "are not at hand .* tensors of the model are not in it"),
         (f"timm:test_resnet={file}", 2, "has no transformer blocks"),
         (f"hf:{tmp_path}/nowhere", 2, "there is no folder"),
         (f"hf:{tmp_path}", 2, "are not at hand"),
+        (f"hf:{deeper}", 2, "are not at hand .* tensors of the model are not in it, layers.3"),
         (f"hf:{vit[0]}", 4, "the last 4 blocks are asked for, and the hf:.* has 3: use --blocks 3"),
     ):
         with pytest.raises(ProbeError, match=said):
