@@ -24,15 +24,6 @@ def run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def mae_run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of MAE, of depth 1."""
-    trainer = trainer_at(tmp_path_factory.mktemp("probe_mae"))
-    small = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
-    trainer("objective.name=mae", "optim.steps=5", *small).check()
-    return trainer.run
-
-
-@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 grey images in five class folders."""
     root = tmp_path_factory.mktemp("images")

@@ -90,7 +90,7 @@ def test_the_newest_step_of_a_run_is_found(tmp_path: Path) -> None:
     assert find_results(tmp_path, ("context",)).name == "40-context.json"
     file = tmp_path / "probe" / "5-target.json"
     assert find_results(file, ("target",)) == file
-    with pytest.raises(ProbeError, match="there is no result of target in .*: run fastjepa probe"):
+    with pytest.raises(ProbeError, match=r"there is no result of target in .*: run fastjepa probe"):
         find_results(tmp_path / "probe", ("target",))
 
 

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from fastjepa.cli import main
+from fastjepa.config import parse_config
+from fastjepa.engine.build import build_model
+from fastjepa.engine.checkpoints.tensorfile import fingerprint
 from fastjepa.evaluation.sweep import HEADS
+from fastjepa.interop import save_official
 from fastjepa.interop.start import load_trained
 from fastjepa.probe.data import open_probe_images
 from fastjepa.probe.extract import Wanted, extract, keeps_tokens, token_batches
@@ -118,33 +122,37 @@ def test_tokens_kept_and_computed_again_are_alike(run: Path) -> None:
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
 
 
-def test_few_labels_of_a_folder_and_a_published_file(
+def test_few_labels_of_a_folder(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "low.json"
-    base = [
-        "probe",
-        str(run),
-        "--encoder",
-        "context",
-        "--data",
-        str(folder),
-        "--device",
-        "cpu",
-        "--splits",
-        "3",
-    ]
-    assert main([*base, "--protocol", "low-shot", "--out", str(out)]) == 0
+    command = ["probe", str(run), "--encoder", "context", "--data", str(folder), "--device", "cpu"]
+    assert main([*command, "--splits", "3", "--protocol", "low-shot", "--out", str(out)]) == 0
     row = read_result(out).of_subject()["low-shot", "10%"]
     assert (row.splits, row.images, len(row.detail["of_splits"])) == (3, 10, 3)
     printed = capsys.readouterr().out
     assert "low-shot 1%" in printed
     assert f"Wrote {out}" in printed
-    exported = tmp_path / "encoder.pth.tar"
-    assert main(["export", str(run), str(exported)]) == 0
-    command = ["probe", str(exported), "--device", "cpu", "--protocol", "knn", "--k", "5"]
-    assert main(command) == 1
-    assert "are not known" in capsys.readouterr().err  # the heads of a width that was not published
+
+
+def test_a_published_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"size": "tiny", "depth": 4, "patch_size": 7, "predictor_depth": 1}
+    data = {"image_size": 28, "channels": 3}
+    file = tmp_path / "encoder.pth.tar"
+    save_official(build_model(parse_config({"model": model, "data": data})), file)
+    out = tmp_path / "published.json"
+    command = ["probe", str(file), "--device", "cpu", "--protocol", "knn", "--k", "5", "--encoder", "target"]
+    for arguments, said in (
+        (["--data", str(folder)], "belongs to no run, whose folder would hold the result: give --out FILE"),
+        (["--out", str(out)], "a file does not say which images to use: give --data FOLDER"),
+    ):
+        assert main([*command, *arguments]) == 1
+        assert said in capsys.readouterr().err
+    assert main([*command, "--data", "fashion_mnist", *FEW[:4], "--out", str(out)]) == 0
+    result = read_result(out)
+    assert result.data["classes"][0] == "T-shirt/top"  # grey images, for an encoder of colours
+    assert {row.subject for row in result.rows} == {"target encoder", "raw pixels", "random initialisation"}
+    assert result.of_subject()["knn", "k=5"].accuracy > 0.3
 
 
 def test_compare_prints_differences(
@@ -168,7 +176,7 @@ def test_compare_prints_differences(
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_written(
-    run: Path, mae_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(run, mixed)
@@ -179,17 +187,19 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
     manifest = state.with_name("manifest.json")
     entries = json.loads(manifest.read_text())
     entries.pop("state.json", None)
-    from fastjepa.engine.checkpoints.tensorfile import fingerprint
-
     entries["state.json"] = fingerprint(state)._asdict()
     manifest.write_text(json.dumps(entries))
+    mae = tmp_path / "mae.pth"
+    small = {"size": "tiny", "depth": 1, "patch_size": 7, "decoder_width": 32, "decoder_heads": 2}
+    configured = {"model": small, "data": {"image_size": 28}, "objective": {"name": "mae"}}
+    save_official(build_model(parse_config(configured)), mae)
     one = ["--encoder", "target", "--out", str(tmp_path / "no.json")]
     data = ["--data", str(folder)]
     for arguments, said in (
         ([str(tmp_path / "nowhere"), *one], "is no checkpoint, and no run folder with one"),
         ([str(mixed), *one], "holds another architecture than it should"),
-        ([str(mae_run), *one], "was trained with MAE, which has no target encoder: use --encoder context"),
-        ([str(mae_run), "--out", one[-1]], "the context encoder has 1: use --blocks 1"),
+        ([str(mae), *one], "was trained with MAE, which has no target encoder: use --encoder context"),
+        ([str(mae), "--out", one[-1]], "the context encoder has 1: use --blocks 1"),
         ([str(run), *one, "--blocks", "6"], "the target encoder has 4: use --blocks 4"),
         ([str(run), *one, *data], "k of 100 neighbours, and the bank holds 50 images: use --k 10,20"),
         ([str(run), *one, "--data", str(folder / "bag")], "has no classes to tell apart"),
