@@ -22,7 +22,7 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint performance scale-model aot ext ext-cuda lint docs clean
+.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-probe performance scale-model aot ext ext-cuda lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-accuracy: $(DEV) ## Measure accuracy against time and FLOPs, I-JEPA beside
 
 bench-checkpoint: $(DEV) ## Time how long saves stop training, and checkpoints beside the disk; needs 10 GB on it
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m bench.checkpoint $(ARGS)
+
+bench-probe: $(DEV) ## Time a sweep of linear heads beside one head, with the features they share
+	$(BIN)/python -m bench.probe $(ARGS)
 
 performance: $(DEV) ## Write docs/performance.md and the README's table from bench/results
 	$(BIN)/python -m bench.performance_page $(ARGS)

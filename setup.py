@@ -28,6 +28,7 @@ DEV = [
     "pytest-xdist",
     "ruff",
     "scikit-learn",
+    "scipy",
     "setuptools>=77.0.3",
     "timm>=1.0",
     "torchvision",

@@ -80,6 +80,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="keep features there, and take them from there"
     )
+    parser.add_argument("--heads", type=count, metavar="N", help="of the encoder of a file, where unknown")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoders")
     parser.add_argument(
@@ -138,6 +139,7 @@ def _probe(options: argparse.Namespace) -> int:
         test_images=options.test_images,
         memory_gib=options.memory,
         cache=options.cache,
+        heads=options.heads,
         device=options.device,
         precision=options.precision,
         workers=options.workers,

@@ -58,6 +58,7 @@ class Request:
         force: replace what is there.
         memory_gib: that the features of one subject may take.
         cache: a folder to keep features in; None for none.
+        heads: of the encoder of a published file, where its width does not tell.
     """
 
     source: Path
@@ -71,6 +72,7 @@ class Request:
     test_images: int | None = None
     memory_gib: float = 8.0
     cache: Path | None = None
+    heads: int | None = None
     device: str = "auto"
     precision: str = "fp32"
     workers: int = 0
@@ -83,7 +85,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
         ProbeError: something does not fit; nothing has been written then.
         TooManyUnreadable: more than 5 % of the images cannot be read.
     """
-    trained = open_trained(request.source)
+    trained = open_trained(request.source, request.heads)
     encoders = request.encoders or default_encoders(trained)
     targets = {encoder: _target(request, trained, encoder, encoders) for encoder in encoders}
     device = _device(request.device)

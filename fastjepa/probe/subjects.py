@@ -69,15 +69,22 @@ class Trained:
     step: int
 
 
-def open_trained(source: Path) -> Trained:
+def open_trained(source: Path, heads: int | None = None) -> Trained:
     """A checkpoint directory, a run folder (its newest good checkpoint), or a published file.
+
+    Args:
+        source: where it is.
+        heads: of the encoder of a file whose width was never published.
 
     Raises:
         ProbeError: there is nothing of that kind, or it is of another architecture than it says.
     """
+    if source.is_file():
+        try:
+            return Trained(load_official(source, heads), source, None, None, 0)
+        except ValueError as error:
+            raise ProbeError(str(error).replace("give heads=", "give --heads")) from error
     try:
-        if source.is_file():
-            return Trained(load_official(source), source, None, None, 0)
         path = find_checkpoint(source)
         checkpoint = load_checkpoint(path)
         model, _ = load_trained(path)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,11 @@ from fastjepa.evaluation.features import standardise
 from fastjepa.evaluation.sweep import HEADS, Head, Heads, SweepSettings, rate_at, sweep, train_heads
 
 WIDTH, CLASSES = 48, 10
+Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
-def clothes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clothes() -> Sample:
     """Random features [2000, WIDTH] and [2000, WIDTH] of real images, with labels."""
     train, test = FashionMNIST(split="train"), FashionMNIST(split="test")
     weight = torch.randn(784, WIDTH, generator=torch.Generator().manual_seed(0)) / 28
@@ -35,21 +38,19 @@ def lars_(parameter: Tensor, velocity: Tensor, lr: float, decay: float) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_head_is_torchs_batch_norm_and_linear(
-    clothes: tuple[Tensor, ...], batch_norm: bool, optimizer: str
-) -> None:
+def test_a_head_is_torchs_batch_norm_and_linear(clothes: Sample, batch_norm: bool, optimizer: str) -> None:
     features, labels, test, test_labels = clothes
     head = Head(0.5, batch_norm, optimizer, weight_decay=0.01)  # type: ignore[arg-type]
     ours = Heads.start([Head(0.1, not batch_norm), head], WIDTH, CLASSES, features, seed=3)
     norm = nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6) if batch_norm else nn.Identity()
-    theirs = nn.Sequential(norm, nn.Linear(WIDTH, CLASSES))
-    weight, bias = theirs[1].weight, theirs[1].bias
+    linear = nn.Linear(WIDTH, CLASSES)
+    theirs = nn.Sequential(norm, linear)
+    weight, bias = linear.weight, linear.bias
     with torch.no_grad():
         weight.copy_(ours.weight[1])
         bias.zero_()
-    sgd = torch.optim.SGD(
-        [{"params": [weight], "weight_decay": 0.01}, {"params": [bias]}], lr=0.5, momentum=0.9
-    )
+    groups: list[dict[str, Any]] = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias]}]
+    sgd = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
     velocities = torch.zeros_like(weight), torch.zeros_like(bias)
     for some, wanted in zip(features.split(100), labels.split(100), strict=True):
         ours.step(some, wanted, rate=1.0)
@@ -62,14 +63,14 @@ def test_a_head_is_torchs_batch_norm_and_linear(
             lars_(bias, velocities[1], 0.5, 0.0)
     torch.testing.assert_close(ours.weight[1], weight.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(ours.bias[1], bias.detach(), rtol=1e-3, atol=1e-5)
-    if batch_norm:
+    if isinstance(norm, nn.BatchNorm1d):
         torch.testing.assert_close(ours.mean, norm.running_mean)
         torch.testing.assert_close(ours.variance, norm.running_var)
     right = theirs.eval()(test).argmax(dim=1) == test_labels
     assert (ours.correct(test, test_labels)[1] != right).sum() <= 1  # a tie that rounding decides
 
 
-def test_heads_do_not_meet(clothes: tuple[Tensor, ...]) -> None:
+def test_heads_do_not_meet(clothes: Sample) -> None:
     features, labels, test, test_labels = clothes
     how = SweepSettings(epochs=2, batch=200)
     together = train_heads(features, labels, CLASSES, HEADS, how)
@@ -80,7 +81,7 @@ def test_heads_do_not_meet(clothes: tuple[Tensor, ...]) -> None:
         assert torch.equal(one.correct(test, test_labels)[0], together.correct(test, test_labels)[number])
 
 
-def test_a_head_that_diverges_neither_wins_nor_spoils_others(clothes: tuple[Tensor, ...]) -> None:
+def test_a_head_that_diverges_neither_wins_nor_spoils_others(clothes: Sample) -> None:
     how = SweepSettings(epochs=3, batch=200)
     sane = Head(0.1, True)
     found = sweep(*clothes, [Head(3e38, False), sane, Head(3e38, True)], how)
@@ -92,7 +93,7 @@ def test_a_head_that_diverges_neither_wins_nor_spoils_others(clothes: tuple[Tens
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-2])
-def test_at_convergence_a_head_agrees_with_scikit_learn(clothes: tuple[Tensor, ...], l2: float) -> None:
+def test_at_convergence_a_head_agrees_with_scikit_learn(clothes: Sample, l2: float) -> None:
     train, labels, test, test_labels = clothes
     train, test = standardise(train, test)
     how = SweepSettings(epochs=800, batch=len(train))
@@ -103,7 +104,7 @@ def test_at_convergence_a_head_agrees_with_scikit_learn(clothes: tuple[Tensor, .
     assert abs(found - reference.score(test, test_labels)) < 0.003
 
 
-def test_test_labels_choose_nothing(clothes: tuple[Tensor, ...]) -> None:
+def test_test_labels_choose_nothing(clothes: Sample) -> None:
     train, labels, test, test_labels = clothes
     how = SweepSettings(epochs=3, batch=200)
     right = sweep(train, labels, test, test_labels, settings=how)
@@ -114,7 +115,7 @@ def test_test_labels_choose_nothing(clothes: tuple[Tensor, ...]) -> None:
     assert torch.equal(again.correct, right.correct)
 
 
-def test_what_cannot_be_trained_on_is_named(clothes: tuple[Tensor, ...]) -> None:
+def test_what_cannot_be_trained_on_is_named(clothes: Sample) -> None:
     train, labels, test, test_labels = clothes
     with pytest.raises(ValueError, match="training features are not all finite"):
         sweep(train * torch.nan, labels, test, test_labels)

@@ -190,9 +190,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
     entries["state.json"] = fingerprint(state)._asdict()
     manifest.write_text(json.dumps(entries))
     mae = tmp_path / "mae.pth"
-    small = {"size": "tiny", "depth": 1, "patch_size": 7, "decoder_width": 32, "decoder_heads": 2}
+    small = {"size": "tiny", "depth": 1, "patch_size": 7, "decoder_depth": 1}
     configured = {"model": small, "data": {"image_size": 28}, "objective": {"name": "mae"}}
     save_official(build_model(parse_config(configured)), mae)
+    odd = tmp_path / "odd.pth.tar"
+    save_official(load_trained(run)[0], odd)
     one = ["--encoder", "target", "--out", str(tmp_path / "no.json")]
     data = ["--data", str(folder)]
     for arguments, said in (
@@ -200,6 +202,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
         ([str(mixed), *one], "holds another architecture than it should"),
         ([str(mae), *one], "was trained with MAE, which has no target encoder: use --encoder context"),
         ([str(mae), "--out", one[-1]], "the context encoder has 1: use --blocks 1"),
+        ([str(odd), *one, *data], "the heads of an encoder of width 32 are not known: give --heads"),
         ([str(run), *one, "--blocks", "6"], "the target encoder has 4: use --blocks 4"),
         ([str(run), *one, *data], "k of 100 neighbours, and the bank holds 50 images: use --k 10,20"),
         ([str(run), *one, "--data", str(folder / "bag")], "has no classes to tell apart"),
