@@ -1,5 +1,6 @@
 """The story of a probe: open, look whether all fits, take features once, judge, write."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -117,7 +118,11 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
     rows: dict[str, list[Row]] = {}
     collapse: dict[str, dict[str, float | None]] = {}
     pixel_size = min(subjects[0].size, PIXEL_SIZE)
-    _judge_pixels(images, pixel_size, wanted, settings, rows, collapse, say)
+    pixel_bytes = 4 * (len(images.train) + len(images.test)) * images.train.channels * pixel_size**2
+    if pixel_bytes > wanted.memory:
+        say(f"{PIXELS} are left out: they take {pixel_bytes / GIB:.3g} GiB, more than --memory allows")
+    else:
+        _judge_pixels(images, pixel_size, wanted, settings, rows, collapse, say)
     # One after another where views differ, so that no more than the alike ones are in memory at once.
     for size in sorted({subject.size for subject in subjects}):
         alike = [subject for subject in subjects if subject.size == size]
@@ -151,7 +156,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
                 "pixel_view": pixel_size,
             },
             asdict(settings) | {"baselines": list(request.baselines)},
-            [row for name in names for row in rows[name]],
+            [row for name in names for row in rows.get(name, [])],
             {name: collapse[name] for name in names if name in collapse},
         )
         write_result(targets[encoder], result)
@@ -258,6 +263,11 @@ def _target(request: Request, trained: Trained, encoder: str, encoders: tuple[st
         )
     else:
         path = trained.run / "probe" / f"{trained.step}-{encoder}.json"
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ProbeError(
+            f"cannot write {path}: {above} is no folder that may be written to: give another --out"
+        )
     if path.is_dir():
         raise ProbeError(f"{path} is a folder: give --out the name of a file")
     if path.exists() and not request.force:

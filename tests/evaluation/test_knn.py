@@ -16,7 +16,7 @@ def pixels(split: str, count: int) -> tuple[Tensor, Tensor]:
     return clothes.images[:count].flatten(1).float() / 255, clothes.labels[:count]
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 0.01)])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (10, 0.07), (20, 0.07), (100, 0.07), (20, 0.01)])
 def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     bank, bank_labels = pixels("train", 1500)
     queries, query_labels = pixels("test", 500)

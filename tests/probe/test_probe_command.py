@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fastjepa.cli import main
 from fastjepa.config import parse_config
@@ -18,7 +20,7 @@ from fastjepa.interop.start import load_trained
 from fastjepa.probe.data import open_probe_images
 from fastjepa.probe.extract import Wanted, extract, keeps_tokens, token_batches
 from fastjepa.probe.results import Result, read_result
-from fastjepa.probe.subjects import open_trained, subject_of
+from fastjepa.probe.subjects import ProbeError, open_trained, subject_of
 
 FEW = ("--train-images", "120", "--test-images", "60", "--k", "5,20", "--epochs", "4",
        "--attentive-epochs", "2", "--splits", "2", "--device", "cpu")  # fmt: skip
@@ -122,6 +124,25 @@ def test_tokens_kept_and_computed_again_are_alike(run: Path) -> None:
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
 
 
+def test_features_that_are_not_finite_are_refused(run: Path) -> None:
+    subject = subject_of(open_trained(run), "target", 1, CPU, torch.float32)
+    diverged = replace(subject, blocks=lambda images: [subject.blocks(images)[0] * torch.nan])
+    images = open_probe_images(["fashion_mnist"], None, 1, 0, train_images=30, test_images=10)
+    wanted = Wanted(blocks=1, tokens=False, views=False, memory=2**24, device=CPU, precision="")
+    with pytest.raises(ProbeError, match="features of the target encoder are not finite"):
+        extract([diverged], images, wanted)
+
+
+def test_pixels_that_do_not_fit_are_left_out_and_said_to_be(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.json"
+    command = ["probe", str(run), *FEW, "--protocol", "knn", "--encoder", "target", "--out", str(out)]
+    assert main([*command, "--memory", "0.0002"]) == 0
+    assert "raw pixels are left out" in capsys.readouterr().out
+    assert {row.subject for row in read_result(out).rows} == {"target encoder", "random initialisation"}
+
+
 def test_few_labels_of_a_folder(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +169,17 @@ def test_a_published_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert main([*command, *arguments]) == 1
         assert said in capsys.readouterr().err
-    assert main([*command, "--data", "fashion_mnist", *FEW[:4], "--out", str(out)]) == 0
+    config = transformers.ViTConfig(
+        image_size=14, patch_size=7, num_channels=1, hidden_size=16, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    baseline = f"hf:{tmp_path / 'vit'}"
+    command += ["--data", "fashion_mnist", *FEW[:4], "--out", str(out), "--force", "--baseline", baseline]
+    assert main([*command, "--blocks", "1", "--precision", "bf16"]) == 0
+    result = read_result(out)
+    assert baseline in {row.subject for row in result.rows}
+    assert main([*command[:-2], "--precision", "fp32"]) == 0
     result = read_result(out)
     assert result.data["classes"][0] == "T-shirt/top"  # grey images, for an encoder of colours
     assert {row.subject for row in result.rows} == {"target encoder", "raw pixels", "random initialisation"}
@@ -210,6 +241,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
         ([str(run), *one, "--memory", "0.00001"], "are allowed: raise --memory"),
         ([str(run), "--out", one[-1]], "--out is one file, and two encoders are probed"),
         ([str(run), "--encoder", "target", "--out", str(tmp_path)], "is a folder: give --out"),
+        ([str(run), "--encoder", "target", "--out", str(mae / "x.json")], "is no folder that may be"),
         ([str(run), *one, "--splits", "11"], "--splits 11: an interval takes 2 to 10"),
         ([str(run), *one, "--baseline", "resnet"], "is none of timm:NAME"),
         ([str(run), "--compare", str(run), str(run)], "give a RUN_OR_CHECKPOINT to probe, or --compare"),
