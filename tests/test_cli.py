@@ -198,7 +198,13 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["train", "optim.lr=1"], 1), (["report", "."], 1), (["export", ".", "x.pth"], 1)],
+    [
+        (["--help"], 0),
+        (["train", "optim.lr=1"], 1),
+        (["report", "."], 1),
+        (["export", ".", "x.pth"], 1),
+        (["probe", "."], 1),
+    ],
 )
 def test_without_the_train_extra(tmp_path: Path, arguments: list[str], code: int) -> None:
     done = subprocess.run(

@@ -9,7 +9,7 @@ from fastjepa.evaluation.collapse import (
     token_std,
 )
 from fastjepa.evaluation.features import pixel_features, pool_features, standardise
-from fastjepa.evaluation.knn import knn_accuracy
+from fastjepa.evaluation.knn import knn_accuracy, knn_correct
 from fastjepa.evaluation.linear import LinearProbe, fit_linear, linear_accuracy
 from fastjepa.evaluation.pictures import patch_pca
 
@@ -20,6 +20,7 @@ __all__ = [
     "collapse_warning",
     "fit_linear",
     "knn_accuracy",
+    "knn_correct",
     "linear_accuracy",
     "patch_pca",
     "pixel_features",

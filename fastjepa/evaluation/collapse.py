@@ -137,8 +137,13 @@ def rankme(z: Tensor) -> Tensor:
     finite = torch.isfinite(gram).all()
     # The solver raises on NaN; a diverged run should be reported, not ended, by its measures.
     singular = torch.linalg.eigvalsh(torch.where(finite, gram, 0)).clamp_min(0).sqrt()
-    p = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-7
-    return torch.where(finite, torch.exp(-(p * p.log()).sum()), torch.nan)
+    return torch.where(finite, effective_rank(singular), torch.nan)
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """exp of the entropy of p = v / sum(v) + 1e-7, over values of at least 0; the epsilon is RankMe's."""
+    p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + 1e-7
+    return torch.exp(-(p * p.log()).sum())
 
 
 @torch.no_grad()

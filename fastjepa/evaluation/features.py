@@ -1,6 +1,6 @@
 """From images to one feature vector per image, which is what the probes compare."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,17 +27,30 @@ def pool_features(
     """
     features, labels = [], []
     for images, batch_labels in batches:
-        tokens = encode(images.to(device, non_blocking=True))  # [B, N, D]
-        if tokens.ndim != 3 or len(tokens) != len(images):
-            raise ValueError(
-                f"encode returned {list(tokens.shape)} for {len(images)} images; "
-                f"expected token features [{len(images)}, tokens, width]"
-            )
-        features.append(tokens.float().mean(dim=1))  # [B, D]
+        features.append(mean_of_tokens([encode(images.to(device, non_blocking=True))], len(images)))
         labels.append(batch_labels.to(device, torch.int64))
     if not features:
         raise ValueError("there is no batch to take features of: the set is empty")
     return torch.cat(features), torch.cat(labels)
+
+
+def mean_of_tokens(blocks: Sequence[Tensor], images: int) -> Tensor:
+    """The mean over the tokens of each block, side by side: fp32 [B, blocks * D].
+
+    Args:
+        blocks: [B, N, D] each, any float type.
+        images: B.
+
+    Raises:
+        ValueError: a block is not [B, N, D].
+    """
+    for tokens in blocks:
+        if tokens.ndim != 3 or len(tokens) != images:
+            raise ValueError(
+                f"encode returned {list(tokens.shape)} for {images} images; "
+                f"expected token features [{images}, tokens, width]"
+            )
+    return torch.cat([tokens.float().mean(dim=1) for tokens in blocks], dim=1)
 
 
 def pixel_features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Weighted k-nearest-neighbour classification: what the features tell with nothing trained on them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,6 @@ from torch import Tensor
 _SIMILARITIES_AT_ONCE = 1 << 26  # of fp32: 256 MiB
 
 
-@torch.no_grad()
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
@@ -16,7 +17,21 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """The fraction of queries whose k nearest neighbours in the bank vote for the right label.
+    """The fraction of queries that `knn_correct` finds right, in [0, 1]; arguments as there."""
+    right = knn_correct(bank, bank_labels, queries, query_labels, (k,), temperature)[0]
+    return int(right.sum()) / len(queries)
+
+
+@torch.no_grad()
+def knn_correct(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    ks: Sequence[int] = (10, 20, 100),
+    temperature: float = 0.07,
+) -> Tensor:
+    """Whether the k nearest neighbours of each query in the bank vote for the right label.
 
     Nearness is cosine similarity, and a neighbour of similarity s votes with the weight
     exp(s / temperature) (Wu et al., "Unsupervised feature learning via non-parametric instance
@@ -27,17 +42,20 @@ def knn_accuracy(
         bank_labels: int64 [n], from 0.
         queries: [m, D] features on the same device.
         query_labels: int64 [m].
-        k: how many neighbours vote, 1..n.
+        ks: how many neighbours vote, each 1..n; the neighbours are sought once for all of them.
         temperature: above 0; the smaller, the more the nearest outweigh the others.
 
     Returns:
-        A fraction in [0, 1].
+        bool [len(ks), m].
 
     Raises:
-        ValueError: k or the temperature is out of range, or the shapes do not fit.
+        ValueError: a k or the temperature is out of range, or the shapes do not fit.
     """
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k is {k}, but the bank holds {len(bank)} features: give a k of 1 to {len(bank)}")
+    for k in ks:
+        if not 1 <= k <= len(bank):
+            raise ValueError(
+                f"k is {k}, but the bank holds {len(bank)} features: give a k of 1 to {len(bank)}"
+            )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (0.07 is the usual choice)")
     if len(bank) != len(bank_labels) or len(queries) != len(query_labels) or len(queries) == 0:
@@ -48,13 +66,17 @@ def knn_accuracy(
     bank = F.normalize(bank.float(), dim=1)  # [n, D]
     queries = F.normalize(queries.float(), dim=1)  # [m, D]
     classes = int(bank_labels.max()) + 1
-    right = torch.zeros((), dtype=torch.int64, device=queries.device)
+    right = torch.empty(len(ks), len(queries), dtype=torch.bool, device=queries.device)
     chunk = max(1, _SIMILARITIES_AT_ONCE // len(bank))
-    for some, wanted in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
-        similarity, nearest = (some @ bank.T).topk(k)  # [b, k], descending
+    for found, some, wanted in zip(
+        right.split(chunk, dim=1), queries.split(chunk), query_labels.split(chunk), strict=True
+    ):
+        similarity, nearest = (some @ bank.T).topk(max(ks))  # [b, k], descending
         # Only the ratio of weights counts; from the nearest on down, exp cannot overflow.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
-        votes = similarity.new_zeros(len(some), classes)  # [b, classes]
-        votes.scatter_add_(1, bank_labels[nearest], weight)
-        right += (votes.argmax(dim=1) == wanted).sum()
-    return right.item() / len(queries)
+        labels = bank_labels[nearest]  # [b, k]
+        for row, k in zip(found, ks, strict=True):
+            votes = similarity.new_zeros(len(some), classes)  # [b, classes]
+            votes.scatter_add_(1, labels[:, :k], weight[:, :k])
+            row.copy_(votes.argmax(dim=1) == wanted)
+    return right

@@ -39,8 +39,12 @@ class LinearClassifier:
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """The fraction of rows of `features` [n, D] whose largest logit is that of their label."""
+        return self.correct(features, labels).double().mean().item()
+
+    def correct(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Which rows of `features` [n, D] have their largest logit at their label: bool [n]."""
         logits = torch.addmm(self.bias, features, self.weight.T)  # [n, classes]
-        return (logits.argmax(dim=1) == labels).double().mean().item()
+        return logits.argmax(dim=1) == labels
 
 
 def fit_linear(
@@ -83,7 +87,15 @@ def fit_linear(
 def linear_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, seed: int = 0
 ) -> LinearProbe:
-    """Train a linear classifier on frozen features and test it.
+    """The accuracy on the test rows of the classifier of `linear_correct`; arguments as there."""
+    right, l2 = linear_correct(train, train_labels, test, test_labels, seed)
+    return LinearProbe(accuracy=right.double().mean().item(), l2=l2)
+
+
+def linear_correct(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, seed: int = 0
+) -> tuple[Tensor, float]:
+    """Train a linear classifier on frozen features, and see which test rows it gets right.
 
     Features are standardised with the mean and deviation of the training rows. The strength is
     chosen from `L2_STRENGTHS` by the accuracy on a fifth of the training rows, held out by `seed`;
@@ -96,11 +108,14 @@ def linear_accuracy(
         test_labels: int64 [m], from 0.
         seed: of the split into training and held-out rows.
 
+    Returns:
+        bool [m], and the strength.
+
     Raises:
         ValueError: shapes that do not fit, too few rows, or a feature that is not finite.
     """
-    _check_rows("training", train, train_labels, at_least=5)
-    _check_rows("test", test, test_labels, at_least=1)
+    check_rows("training", train, train_labels, at_least=5)
+    check_rows("test", test, test_labels, at_least=1)
     train, test = standardise(train.float(), test.float())
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
@@ -114,10 +129,11 @@ def linear_accuracy(
         if accuracy > best_accuracy:  # a tie goes to the stronger one
             best_accuracy, best_l2, best = accuracy, l2, classifier
     refitted = fit_linear(train, train_labels, best_l2, classes, start=best)
-    return LinearProbe(accuracy=refitted.accuracy(test, test_labels), l2=best_l2)
+    return refitted.correct(test, test_labels), best_l2
 
 
-def _check_rows(name: str, features: Tensor, labels: Tensor, at_least: int) -> None:
+def check_rows(name: str, features: Tensor, labels: Tensor, at_least: int) -> None:
+    """Refuse features [n, D] that a probe cannot use, and say which those are: `name`."""
     if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) < at_least:
         raise ValueError(
             f"{name} features are {list(features.shape)} with labels {list(labels.shape)}: "

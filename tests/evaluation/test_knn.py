@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.evaluation import knn as knn_module
-from fastjepa.evaluation import knn_accuracy
+from fastjepa.evaluation import knn_accuracy, knn_correct
 
 
 def pixels(split: str, count: int) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def pixels(split: str, count: int) -> tuple[Tensor, Tensor]:
     return clothes.images[:count].flatten(1).float() / 255, clothes.labels[:count]
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 0.01)])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (10, 0.07), (20, 0.07), (100, 0.07), (20, 0.01)])
 def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     bank, bank_labels = pixels("train", 1500)
     queries, query_labels = pixels("test", 500)
@@ -24,6 +24,17 @@ def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     wanted = reference.fit(bank, bank_labels).score(queries, query_labels)
     found = knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature)
     assert abs(found - wanted) <= 1 / 500  # one tie that rounding decides
+
+
+def test_all_ks_at_once_are_each_alone() -> None:
+    bank, bank_labels = pixels("train", 400)
+    queries, query_labels = pixels("test", 150)
+    found = knn_correct(bank, bank_labels, queries, query_labels, ks=(100, 1, 20))
+    assert found.shape == (3, 150)
+    for right, k in zip(found, (100, 1, 20), strict=True):
+        alone = knn_accuracy(bank, bank_labels, queries, query_labels, k)
+        assert right.double().mean().item() == pytest.approx(alone)
+    assert len({tuple(right.tolist()) for right in found}) == 3
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
