@@ -124,7 +124,14 @@ def test_metadata(metadata: Message) -> None:
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     base = {requirement.name for requirement in requirements if requirement.marker is None}
     assert base == BASE
-    assert set(metadata.get_all("Provides-Extra", [])) == {"train", "data", "bench", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "train",
+        "data",
+        "bench",
+        "export",
+        "docs",
+        "dev",
+    }
 
 
 def test_constraints_pin_every_direct_dependency(metadata: Message) -> None:

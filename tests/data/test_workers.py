@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,14 @@ from fastjepa.data.shards.store import StoreError
 from fastjepa.data.workers import MOST_DEATHS, WITHIN_RESULTS, WorkersDied, in_order, note
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def nobody_handles_children() -> Iterator[None]:
+    """Torch's own loader, in another test of this process, may have left a handler that raises."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 def start(

@@ -44,6 +44,7 @@ def damage(file: Path, way: str, chance: random.Random) -> None:
             file.unlink()
 
 
+@pytest.mark.slow_fault
 def test_every_file_in_turn(
     watched: Watched,
     uninterrupted: Callable[..., Watched],

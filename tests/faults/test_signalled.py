@@ -80,6 +80,7 @@ def write_two_classes(folder: Path) -> list[Path]:
     return files
 
 
+@pytest.mark.slow_fault
 def test_told_to_stop_while_a_drive_hangs(watched: Watched, table: Callable[[str, str], Row]) -> None:
     """Opening a FIFO without a writer never returns, and would be waited for longer than the test lasts."""
     row = table(

@@ -44,13 +44,13 @@ def test_a_worker_that_hangs(watched: Watched, table: Callable[[str, str], Row])
     file.unlink()
     os.mkfifo(file)
     process = watched.start(
-        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2", "speed.worker_timeout_s=20"
+        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2", "speed.worker_timeout_s=10"
     )  # fmt: skip
     watched.wait_for(process, lambda: len(children(process.pid)) >= 2)
     below = descendants(process.pid)
     failed = watched.finish(process).check(1)
     row.times += 1
     assert len(failed.errors) == 1
-    assert lines_with(failed.errors[0], "no batch for 20 s: worker ", str(file))
+    assert lines_with(failed.errors[0], "no batch for 10 s: worker ", str(file))
     assert watched.step == watched.witness.newest_step() + 1
     assert_gone(below)
