@@ -102,7 +102,7 @@ def test_a_dead_rank_is_named_and_ends_the_others(train: "Trainer") -> None:
 def test_a_stopped_rank_is_named_and_ends_once_it_goes_on(train: "Trainer") -> None:
     """Without a launcher nobody else ends it. Until then neither rank was reachable from another host."""
     ranks = start_two(train, LONG, "speed.workers=1", "run.dead_after_s=8")
-    train.wait_for(ranks[0], step=5)
+    train.wait_for(ranks[0], step=100)  # its watch has told that it is no longer starting
     for rank in ranks:
         assert listening(rank.pid) == {"0100007F"}
     first_workers, second_workers = below(ranks[0].pid), below(ranks[1].pid)
