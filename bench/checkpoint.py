@@ -9,14 +9,13 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -177,15 +176,6 @@ def drop(path: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@contextmanager
-def scratch(below: Path | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=below))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def summary(bytes_each: float, stall: Stall, rounds: Sequence[Round]) -> dict[str, float]:
     """Medians, in words that stand by themselves."""
     first, *later = stall.save_ms
@@ -219,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     facts = machine.facts(torch.device("cpu")) | {"load_before": os.getloadavg()[0]}
-    with scratch(options.folder) as folder:
+    with TemporaryDirectory(prefix="checkpoint-", dir=options.folder, ignore_cleanup_errors=True) as below:
+        folder = Path(below)
         stall = measure_stall(folder / "run", options.steps, options.every)
         state, (into,) = large_state(int(options.elements))
         saver = Saver(state, None)

@@ -7,15 +7,13 @@ python -m bench.loader --photographs 128 --rounds 3 --memory-images 10000
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -75,15 +73,6 @@ def race_pack(folder: Path, scratch: Path, workers: int, rounds: int) -> dict[st
     }
 
 
-@contextmanager
-def scratch_folder(below: Path | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="loader-", dir=below))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.loader", description=(__doc__ or "").splitlines()[0]
@@ -99,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     facts = machine.facts(torch.device("cpu")) | {"load_before": os.getloadavg()[0]}
     facts |= {name: version(name) for name in ("pillow", "torchvision", "webdataset")}
-    with scratch_folder(options.folder) as scratch:
+    with TemporaryDirectory(prefix="loader-", dir=options.folder, ignore_cleanup_errors=True) as below:
+        scratch = Path(below)
         folder, shards, small = scratch / "images", scratch / "shards", scratch / "small"
         file_bytes = write_photographs(folder, options.photographs)
         pack(folder, shards, Packing(short_side=10_000, copy_small=True, shard_bytes=5_000_000))
