@@ -106,9 +106,9 @@ def _store(address: str, placement: Placement, within_s: float, listener: int | 
         else:
             made.set_result(store)
 
-    # It keeps to no time where something accepts the connection and says nothing.
-    threading.Thread(target=make, daemon=True).start()
     try:
+        # It keeps to no time where something accepts the connection and says nothing.
+        threading.Thread(target=make, daemon=True).start()
         return made.result(within_s)
     except TimeoutError as error:
         raise dist.DistError(f"no answer for {within_s:g} s") from error

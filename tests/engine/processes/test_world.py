@@ -3,19 +3,24 @@
 import re
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastjepa.config import ConfigError
 from fastjepa.engine.processes.launchers import Placement, expand_hosts, find_placement
 from fastjepa.engine.processes.rendezvous import interface_of, meet, own_address
+from fastjepa.engine.processes.stopping import StoppedEarly
 from tests.ranks import free_port
 
 if TYPE_CHECKING:
@@ -195,9 +200,34 @@ def test_one_process_listens_nowhere(train: "Trainer") -> None:
     train.finish(process).check()
 
 
+def test_a_signal_while_the_store_is_made_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would end the thread as soon as it came back from C++, and that aborts the process."""
+    start, store, made = threading.Thread.start, dist.TCPStore, threading.Event()
+
+    def start_and_stop(thread: threading.Thread) -> None:
+        start(thread)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        raise StoppedEarly
+
+    def make_slowly(*args: Any, **settings: Any) -> dist.TCPStore:
+        time.sleep(0.3)
+        result = store(*args, **settings)
+        made.set()
+        return result
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_stop)
+    monkeypatch.setattr(dist, "TCPStore", make_slowly)
+    with pytest.raises(StoppedEarly):
+        meet(Placement("python", 0, 2, 0, None, "127.0.0.1", free_port()), 30)
+    assert made.is_set()
+
+
 def listening(pid: int) -> set[str]:
     """Addresses on which a process listens, in the kernel's hexadecimal."""
-    files = [fd.readlink().name for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+    files = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was open a moment ago
+            files.append(fd.readlink().name)
     inodes = {name[len("socket:[") : -1] for name in files if name.startswith("socket:[")}
     found = set()
     for table in ("tcp", "tcp6"):
