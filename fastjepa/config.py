@@ -136,7 +136,8 @@ class DataConfig:
 
 @dataclass
 class ProbeConfig:
-    every_steps: CountOrNone = 0  # 0: at the start and the end only
+    at_ends: bool = True  # at the start, beside raw pixels, and at the end
+    every_steps: CountOrNone = 0  # in between; 0: never
     bank: Several = 5000  # labelled images that a probe learns from, while training
     queries: Several = 2000  # images it is judged on, while training
     final_bank: Several = 50_000  # the same at the start and at the end
@@ -176,6 +177,7 @@ class RunConfig:
     name: str = "run"
     seed: Seed = 0
     init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
+    report: bool = True  # written at the end; `fastjepa report` writes it at any time
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps
     keep_last: Count = 2  # checkpoints

@@ -133,7 +133,7 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
             if world.is_main:
                 mark_stopped(folder.path, where)
             return 0
-        if world.is_main:
+        if world.is_main and config.run.report:
             from fastjepa.report import write_report  # loads matplotlib, which no other rank or start needs
 
             try:

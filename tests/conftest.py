@@ -59,9 +59,9 @@ TINY: dict[str, dict[str, Any]] = {
         "momentum": 0.99,
         "precision": "fp32",
     },
-    "probe": {"bank": 100, "queries": 50, "final_bank": 100, "final_queries": 50},
+    "probe": {"at_ends": False, "bank": 100, "queries": 50, "final_bank": 100, "final_queries": 50},
     "speed": {"workers": 0, "device": "cpu"},
-    "run": {"log_every": 5, "save_every": 5},
+    "run": {"report": False, "log_every": 5, "save_every": 5},
 }
 
 

@@ -29,16 +29,20 @@ def run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPa
     trainer = trainer_at(tmp_path_factory.mktemp("cli"))
     command = [sys.executable, "-m", "fastjepa.cli", "train", "--config", str(trainer.write_config())]
     done = subprocess.run(
-        [*command, "optim.steps=7"], env=trainer.environment, capture_output=True, text=True, timeout=150
+        [*command, "optim.steps=7", "probe.at_ends=true"],
+        env=trainer.environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert trainer.saved_steps == [5, 7]
     return trainer.run
 
 
-def test_report_is_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_the_run_was_told_not_to_write(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = run / "report" / "index.html"
-    page.unlink()
+    assert not page.exists()
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"Report: {page}\n"
     assert page.read_text().startswith("<!doctype html>")

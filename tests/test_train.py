@@ -36,7 +36,9 @@ def finished(
     trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPathFactory
 ) -> "tuple[Trainer, Finished]":
     trainer = trainer_at(tmp_path_factory.mktemp("finished"))
-    return trainer, trainer("optim.steps=23", "probe.every_steps=10", "run.keep_last=3").check()
+    return trainer, trainer(
+        "optim.steps=23", "probe.every_steps=10", "run.keep_last=3", "run.report=true", "probe.at_ends=true"
+    ).check()
 
 
 def test_metrics_have_one_row_for_each_logged_step(finished: "tuple[Trainer, Finished]") -> None:
@@ -67,6 +69,18 @@ def test_run_folder_holds_what_was_promised(finished: "tuple[Trainer, Finished]"
     ]
 
 
+def test_ends_are_judged_where_that_is_wanted(train: "Trainer") -> None:
+    done = train("optim.steps=10", "probe.every_steps=5").check()
+    assert done.out.startswith("not judged at the start and the end, since probe.at_ends is false\n")
+    assert [row["step"] for row in train.rows if "knn_top1" in row] == [5, 10]
+    summary = train.run / "report" / "summary.json"
+    assert json.loads(summary.read_text())["probe"] == []
+
+    train("optim.steps=10", "probe.every_steps=5", "probe.at_ends=true").check()
+    probed = [row["name"] for row in json.loads(summary.read_text())["probe"]]
+    assert probed == ["raw pixels", "untrained encoder", "trained target encoder", "trained context encoder"]
+
+
 def test_piped_output_is_plain_lines_of_the_run_alone(finished: "tuple[Trainer, Finished]") -> None:
     _, process = finished
     assert process.err == ""
@@ -86,7 +100,7 @@ def test_a_finished_run_ends_again_at_once_and_changes_nothing(
 ) -> None:
     trainer, _ = finished
     rows, saved = trainer.rows, weights(trainer.run)
-    again = trainer("optim.steps=23", "probe.every_steps=10", "run.keep_last=3").check()
+    again = trainer("optim.steps=23", "probe.every_steps=10", "run.keep_last=3", "run.report=true").check()
     assert "Resuming at step 23 of 23" in again.out
     assert trainer.rows == rows
     assert weights(trainer.run) == saved
@@ -135,7 +149,9 @@ def test_live_view_on_a_terminal(train: "Trainer") -> None:
     """What is left on the screen is the lines that stay; while it ran, each number was beside its name."""
     parent, child = pty.openpty()
     ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    process = train.start("optim.steps=20", stdout=child, stderr=child)
+    process = train.start(
+        "optim.steps=20", "run.report=true", "probe.at_ends=true", stdout=child, stderr=child
+    )
     os.close(child)
     written = bytearray()
     while True:

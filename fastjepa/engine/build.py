@@ -145,8 +145,11 @@ def build_order(config: Config, images: int, shard_ends: tuple[int, ...] = ()) -
 
 def build_reading(config: Config) -> Reading:
     """How training images become views."""
+    name = config.speed.decoder
+    if name == "auto" and config.data.name == "fashion_mnist":
+        name = "pillow"  # nothing is decoded, and to look for torchvision takes a second
     try:
-        decoder = choose_decoder(config.speed.decoder)
+        decoder = choose_decoder(name)
     except NoDecoder as error:
         raise ConfigError(str(error)) from error
     return Reading(decoder, config.speed.augment, config.data.max_bad_fraction)

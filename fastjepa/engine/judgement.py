@@ -54,6 +54,7 @@ class Judgement:
 
     def __post_init__(self) -> None:
         self.judge = Judge.of(self.images, self.config, self.world.device, self.should_stop)
+        self.judge_of_ends = self.judge if self.config.probe.at_ends else None
         self.disk = Disk(self.console)
 
     def baselines(self, model: JEPA | MAE, position: Position) -> None:
@@ -64,11 +65,11 @@ class Judgement:
         start = model.target_encoder if isinstance(model, JEPA) else model.encoder
         start.to(self.world.device)
         first_time = not self.summary
-        self.console.say(self.images.note)
+        self.console.say(self.images.note if self.config.probe.at_ends else self._note)
         self.summary |= self._description(position)
-        if self.judge is not None:
+        if self.judge_of_ends is not None:
             try:
-                verdicts = self._baselines(self.judge, start, first_time)
+                verdicts = self._baselines(self.judge_of_ends, start, first_time)
             except NotWanted:
                 self.summary = {}
                 return
@@ -109,13 +110,14 @@ class Judgement:
     def final(self, encoders: Encoders, position: Position) -> None:
         """Beside the baselines, and a picture of the features."""
         verdicts: list[Verdict] = []
-        if self.judge is not None:
+        judge = self.judge_of_ends
+        if judge is not None:
             if encoders.target is None:
-                verdicts = [self.judge.encoder("trained encoder", encoders.context)]
+                verdicts = [judge.encoder("trained encoder", encoders.context)]
             else:
                 verdicts = [
-                    self.judge.encoder("trained target encoder", encoders.target),
-                    self.judge.encoder("trained context encoder", encoders.context),
+                    judge.encoder("trained target encoder", encoders.target),
+                    judge.encoder("trained context encoder", encoders.context),
                 ]
             self._write_verdict(verdicts[0], position)
         names = {verdict.name for verdict in verdicts}
@@ -171,10 +173,17 @@ class Judgement:
             "precision": self.config.optim.precision,
             "device": f"{self.world.size} x {name}",
             "versions": dict(versions()),
-            "probe_note": self.images.note
-            if self.judge is None
-            else f"{self.images.note}; {self.judge.note}",
+            "probe_note": self._note,
         }
+
+    @property
+    def _note(self) -> str:
+        """How it judges, or why it does not."""
+        if self.judge is None:
+            return self.images.note
+        if self.judge_of_ends is None:
+            return "not judged at the start and the end, since probe.at_ends is false"
+        return f"{self.images.note}; {self.judge.note}"
 
     @torch.no_grad()
     def _snapshot(self, encoder: VisionTransformer, position: Position) -> None:

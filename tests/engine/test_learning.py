@@ -33,6 +33,7 @@ def test_features_improve_on_the_untrained_encoder_and_do_not_collapse(train: "T
         "optim.momentum=0.98",
         "optim.weight_decay=0.04",
         "optim.final_weight_decay=0.04",
+        "probe.at_ends=true",
         "probe.final_bank=1000",
         "probe.final_queries=1000",
     ).check()
@@ -54,6 +55,7 @@ def test_dimensional_collapse_is_warned_of_by_rank_while_the_loss_falls(train: "
     """Far too high a rate, and a target that follows at once: nothing but the rank tells."""
     done = train(
         *REAL[:-2],
+        "run.report=true",
         "run.log_every=10",
         "run.save_every=1000",
         "optim.steps=60",
@@ -77,6 +79,7 @@ def test_collapse_is_warned_of_though_the_loss_is_low(train: "Trainer") -> None:
     """Weights of N(0, .02) in so narrow a network give a target little to say; a high rate does the rest."""
     done = train(
         *REAL,
+        "run.report=true",
         "optim.steps=150",
         "optim.global_batch=32",
         "model.init=published",

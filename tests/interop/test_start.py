@@ -143,7 +143,13 @@ def test_optimizer_and_schedules_start_afresh(train: "Trainer", config: Config) 
     assert isinstance(there, JEPA)
     source = write(there, config, train.home / "elsewhere", step=900)
     standing_still = ("optim.lr=0", "optim.start_lr=0", "optim.final_lr=0", "optim.momentum=1")
-    train(f"run.init_from={source}", "optim.steps=1", *standing_still, "optim.warmup_epochs=0").check()
+    train(
+        f"run.init_from={source}",
+        "optim.steps=1",
+        *standing_still,
+        "optim.warmup_epochs=0",
+        "probe.at_ends=true",
+    ).check()
 
     found, _ = newest_good(train.run / "checkpoints")
     assert found is not None
