@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["train"]:  # has a parser of its own
+            from fastjepa.signals import hold_signals
+
+            hold_signals()  # before all that takes long
             from fastjepa.train import main as train
 
             return train(given[1:], prog="fastjepa train")

@@ -18,21 +18,12 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from fastjepa.passed_on import deciding, refusal
+
 RESULT_SECTIONS = ("model", "masks", "objective", "optim", "data")
 # Which weights, images and masks, and which steps are taken back or are the last.
 _RESULTS_OF_RUN = ("seed", "init_from", "on_spike", "max_bad_steps")
-# Of DeepSpeed's own settings those that only tell, and those that only say where and in which pieces the
-# same sums are taken. All others are held to change results.
-_TELLING = (
-    "steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler comms_logger "
-    "monitor_config tensorboard wandb csv_monitor comet aio"
-)
-_CUTTING = (
-    "allgather_bucket_size allgather_partitions reduce_bucket_size reduce_scatter overlap_comm "
-    "contiguous_gradients round_robin_gradients sub_group_size stage3_max_live_parameters "
-    "stage3_max_reuse_distance stage3_param_persistence_threshold stage3_model_persistence_threshold "
-    "stage3_prefetch_bucket_size offload_optimizer offload_param"
-)
+_RESULTS_OF_ROLLBACK = ("save_every", "log_every")  # where it goes back to, and how much it leaves out
 
 
 class ConfigError(ValueError):
@@ -181,7 +172,7 @@ class RunConfig:
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps
     keep_last: Count = 2  # checkpoints
-    keep_every: Count | None = None  # steps: checkpoints of multiples of it stay for ever
+    keep_every: Count | None = None  # steps: of each so many the first checkpoint stays for ever
     # auto: the newest good checkpoint, under the same settings; force: under others too; never: refuse any.
     resume: Literal["auto", "force", "never"] = "auto"
     join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
@@ -218,20 +209,10 @@ class Config:
         # Images may move, and a run that stopped for bad ones may be told to go on.
         free = ("root", "probe_root", "max_bad_fraction")
         part["data"] = {k: v for k, v in whole["data"].items() if k not in free}
-        part["run"] = {name: whole["run"][name] for name in _RESULTS_OF_RUN}
+        of_rollback = _RESULTS_OF_ROLLBACK if self.run.on_spike == "rollback" else ()
+        part["run"] = {name: whole["run"][name] for name in (*_RESULTS_OF_RUN, *of_rollback)}
         own = self.optim.precision if self.speed.target_precision == "auto" else self.speed.target_precision
-        return part | {"speed": {"target_precision": own}, "deepspeed": _deciding(whole["deepspeed"])}
-
-
-def _deciding(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """What of the `deepspeed` section may change results."""
-    found = {name: value for name, value in deepspeed.items() if name not in _TELLING.split()}
-    zero = found.get("zero_optimization")
-    if isinstance(zero, dict):
-        found["zero_optimization"] = {k: v for k, v in zero.items() if k not in _CUTTING.split()}
-        if not found["zero_optimization"]:
-            del found["zero_optimization"]
-    return found
+        return part | {"speed": {"target_precision": own}, "deepspeed": deciding(whole["deepspeed"])}
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -369,23 +350,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-# What the rest of the file says, and the deepspeed section may not say otherwise.
-_OURS_ALONE = {
-    "train_batch_size": "optim.global_batch",
-    "train_micro_batch_size_per_gpu": "optim.global_batch and speed.accumulation",
-    "gradient_accumulation_steps": "speed.accumulation",
-    "gradient_clipping": "optim.clip_grad",
-    "zero_optimization.stage": "speed.zero_stage",
-    "bf16.enabled": "optim.precision",
-    # Without these DeepSpeed would step with gradients that are not finite.
-    "bf16.check_grad_overflow": "run.max_bad_steps",
-    "zero_optimization.compute_grad_norm": "run.max_bad_steps",
-    "fp16": "optim.precision",
-    "optimizer": "optim",
-    "scheduler": "optim",
-}
-
-
 def _check(config: Config) -> None:
     """What no single key shows."""
     model, optim, data = config.model, config.optim, config.data
@@ -395,11 +359,9 @@ def _check(config: Config) -> None:
         raise ConfigError("give one of optim.epochs and optim.steps, and null for the other")
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
-    for key, ours in _OURS_ALONE.items():
-        section, _, inner = key.partition(".")
-        given = config.deepspeed.get(section)
-        if given is not None and (not inner or (isinstance(given, dict) and inner in given)):
-            raise ConfigError(f"deepspeed.{key} is set through {ours} here")
+    refused = refusal(config.deepspeed)
+    if refused is not None:
+        raise ConfigError(refused)
     if data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")
     if data.name == "shards" and data.root is None:

@@ -13,6 +13,11 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
+from fastjepa.signals import hold_signals
+
+if __name__ == "__main__":
+    hold_signals()  # before all that takes long
+
 from fastjepa.config import Config, ConfigError, load_config
 from fastjepa.data.loader import Batch, make_loader
 from fastjepa.data.shards.store import StoreError
@@ -46,6 +51,7 @@ from fastjepa.engine.processes.stopping import (
 from fastjepa.engine.processes.world import World, joined
 from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
+from fastjepa.engine.schedules import is_due
 from fastjepa.engine.speed import check_speed
 from fastjepa.interop import load_initial_weights
 
@@ -77,12 +83,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        stop = StopRequest()
         if options.print_config:
             print(config.to_yaml(), end="")
             return 0
-        stop = StopRequest()
-        with joined(config.speed.device, config.run) as world:
-            stop.remember(launched=world.size > 1)
+        with joined(config.speed.device, config.run, stop.remember) as world:
             return pretrain(config, world, stop)
     except TOLD as error:
         print(f"error: {error}", file=sys.stderr)
@@ -124,7 +129,7 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
             fit(run, learner)
         is_trained = run.position.step == schedule.steps
         if not is_trained or not run.conclude(learner):
-            assert stop.is_made() or world.size > 1
+            assert world.worst(int(stop.is_made())), "it stopped without having been told to"
             before = "before it was judged, " if is_trained else ""
             where = f"Stopped {before}at step {run.position.step} of {schedule.steps}"
             console.say(f"{where}; the same command resumes.")
@@ -145,7 +150,9 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
 
 def fit(run: Run, learner: Learner) -> None:
     """Train from the run's position to its last step, a signal or a failing drive; leave a checkpoint."""
-    run.judge_if_due(learner)  # a run may have been killed between saving and judging
+    run.judge_if_due(
+        learner, max(run.position.step - 1, 0)
+    )  # it may have been killed between saving and judging
     run.clock.lap()
     call: int = Call.GO_ON
     failure: Exception | None = None
@@ -171,6 +178,7 @@ def train_on(
     """
     config, world = run.config, run.world
     steps = on_device(in_steps(batches, config.speed.accumulation), world.device, config.speed.prefetch)
+    heeded = run.position.step
     for step in range(run.position.step, run.schedule.steps):
         world.activity.begin(Doing.COMPUTING, step, run.saved_step)
         with run.clock.waiting(), world.activity.during(Doing.LOADING):
@@ -189,13 +197,14 @@ def train_on(
             spike = run.log(learner, rates)
             if spike is not None and heed_spike(run, learner, spike):
                 break
-        if learner.skipped_in_a_row:  # perhaps for what the weights are: nothing to keep or to judge
+        if learner.skipped_in_a_row:  # perhaps for what the weights are: kept and judged once one is not
             continue
         with run.clock.paused():
-            if done % config.run.save_every == 0:
+            if is_due(config.run.save_every, heeded, done):
                 with world.activity.during(Doing.SAVING):
                     run.save(learner)
-            run.judge_if_due(learner)
+            run.judge_if_due(learner, heeded)
+        heeded = done
     return Call.GO_ON, None
 
 

@@ -244,6 +244,22 @@ def test_what_deepspeed_is_told_is_part_of_the_results_but_may_not_contradict_th
             load_config(None, [f"deepspeed.{key}"])
 
 
+@pytest.mark.parametrize(
+    "key", ["zero_hpz_partition_size=8", "mics_shard_size=4", "zero_quantized_weights=true"]
+)
+def test_deepspeed_may_hold_no_weights_that_checkpoints_do_not_reach(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero_optimization.{key.partition('=')[0]} is not supported"):
+        load_config(None, [f"deepspeed.zero_optimization.{key}"])
+
+
+def test_where_a_run_goes_back_to_is_part_of_the_results_if_it_may() -> None:
+    seldom = ["run.save_every=77", "run.log_every=7"]
+    assert differences(Config().results_part(), load_config(None, seldom).results_part()) == []
+    often, seldom = ["run.on_spike=rollback"], [*seldom, "run.on_spike=rollback"]
+    changed = differences(load_config(None, often).results_part(), load_config(None, seldom).results_part())
+    assert changed == ["run.log_every: 10 -> 7", "run.save_every: 1000 -> 77"]
+
+
 def test_differences_name_nested_keys_and_both_values() -> None:
     old = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": 3}
     new = {"a": 1, "b": {"c": [1, 3], "d": 0}, "new": {}}

@@ -19,8 +19,19 @@ LOWER_LAYERS = {
     "data": {"masks"},
     "objectives": {"models", "masks", "fastjepa_kernels"},
     "evaluation": {"models", "data"},
-    "config": set[str](),
-    "engine": {"objectives", "evaluation", "data", "models", "masks", "fastjepa_kernels", "config"},
+    "passed_on": set[str](),
+    "signals": set[str](),
+    "config": {"passed_on"},
+    "engine": {
+        "objectives",
+        "evaluation",
+        "data",
+        "models",
+        "masks",
+        "fastjepa_kernels",
+        "config",
+        "signals",
+    },
 }
 COMMANDS = {"train", "cli", "commands", "interop", "probe", "report"}
 MAY_IMPORT = LOWER_LAYERS | {command: COMMANDS | {*LOWER_LAYERS, "fastjepa_kernels"} for command in COMMANDS}

@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # The trainer decides when to stop, and then tells the workers.
-_IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 # fork: a worker is there at once and has nothing to import. forkserver would put a process between
 # the two that does die of SIGTERM. Outside Linux fork is not safe.

@@ -1,5 +1,6 @@
 """Which images a run trains on, and which judge it."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from fastjepa.data.shards.shard_set import ShardSet
 from fastjepa.data.shards.store import is_url
 from fastjepa.data.subset import Subset
 from fastjepa.data.views import ImageSet
+
+_NAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class RunImages:
     queries: ImageSet | None
     note: str
     shard_ends: tuple[int, ...] = ()
+
+    def checksum(self) -> int:
+        """Of the names of some training images and their places: of another set almost surely another."""
+        count = len(self.train)
+        asked = {i * count // _NAMES for i in range(_NAMES)} | {count - 1}
+        # Not of their folders, which may move.
+        names = [f"{i} {self.train.path(i).rpartition('/')[2]}" for i in sorted(asked)]
+        return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
 
 
 def open_images(config: Config) -> RunImages:

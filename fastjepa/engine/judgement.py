@@ -19,6 +19,7 @@ from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
+from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.engine.processes.world import World
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
@@ -97,12 +98,22 @@ class Judgement:
         return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
 
     def so_far(self, encoders: Encoders, position: Position) -> None:
-        """On a part of the labelled images, unless it is written already."""
+        """On a part of the labelled images, unless it is written already; training goes on if that fails.
+
+        Raises:
+            NonFinite: there is nothing to judge any more.
+        """
         if self.judge is None or self.metrics.has(position.step, "knn_top1"):
             return
         try:
             verdict = self.judge.encoder("so far", encoders.judged, quick=True)
         except NotWanted:
+            return
+        except NonFinite:
+            raise
+        except Exception as error:  # a drive that fails, or a device that is full: no reason to lose a run
+            what = f"{type(error).__name__}: {error}"
+            self.console.warn(f"step {position.step} is not judged, and training goes on: {what}")
             return
         self._write_verdict(verdict, position)
         self.console.show_verdict(position.step, verdict)

@@ -94,11 +94,8 @@ def _go_back(run: Run, learner: Learner, path: Path, spike: Spike) -> None:
         learner.load(tensors["student"], tensors.get("target"), tensors, there.updates)
     run.losses.go_back(there)
     run.position = replace(
-        there,
-        losses=(),
+        now.of_here(there),
         train_s=now.train_s,
-        dataset_images=now.dataset_images,
-        micro_batch=now.micro_batch,
         passed_over=now.passed_over + now.step - there.step,
         rolled_back=spike.step,
     )

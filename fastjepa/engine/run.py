@@ -1,7 +1,7 @@
 """Everything around the training loop of one run: its folder, checkpoints and log lines."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,8 +38,8 @@ from fastjepa.engine.processes.activity import Doing
 from fastjepa.engine.processes.stopping import NonFinite, StopRequest
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
-from fastjepa.engine.schedules import Rates, Schedule
-from fastjepa.engine.spikes import Spike
+from fastjepa.engine.schedules import Rates, Schedule, is_due
+from fastjepa.engine.spikes import Spike, seen_within
 from fastjepa.masks import MaskSampler
 from fastjepa.objectives import JEPA, MAE, Step
 
@@ -75,7 +75,8 @@ class Run:
 
     def __post_init__(self) -> None:
         micro_batch = self.config.optim.global_batch // (self.world.size * self.config.speed.accumulation)
-        self.position = Position(0, 0, 0.0, len(self.images.train), micro_batch)
+        checksum = self.images.checksum()
+        self.position = Position(0, 0, 0.0, len(self.images.train), micro_batch, dataset_checksum=checksum)
         self.recorder = Recorder(self.world)
         self.losses = LossWatch(
             self.config,
@@ -131,11 +132,15 @@ class Run:
             for line in check_continues(checkpoint, self.position, self.config):
                 self.console.warn(line)
             check_fits(checkpoint, learner.shapes())
+            if checkpoint.position.step > self.schedule.steps:
+                raise CheckpointError(
+                    f"{checkpoint.path} is of step {checkpoint.position.step}, and this run has "
+                    f"{self.schedule.steps}: raise optim.steps or optim.epochs, or start in another run.dir"
+                )
             tensors = checkpoint.tensors
             learner.load(tensors["student"], tensors.get("target"), tensors, checkpoint.position.updates)
             self.recorder.earlier = checkpoint.position.losses
-            here = {"dataset_images": self.position.dataset_images, "micro_batch": self.position.micro_batch}
-            self.position = replace(self.position, **asdict(checkpoint.position) | {"losses": ()} | here)
+            self.position = self.position.of_here(checkpoint.position)
             self.saved_step, self._saved = self.position.step, checkpoint.path
             where = f"step {self.position.step} of {self.schedule.steps}"
             self.console.say(f"Resuming at {where} from {checkpoint.path}")
@@ -181,7 +186,8 @@ class Run:
         assert self._saver is not None, "resume before you save"
         stage = learner.zero_stage
         state = state_of(position, self.config.to_dict(), versions(), self.world.size, stage)
-        keep = Keep(run.keep_last, run.keep_every)
+        back = seen_within(run.log_every) if run.on_spike == "rollback" else None
+        keep = Keep(run.keep_last, run.keep_every, back)
         self._saving_step = position.step
         self._saver.start(parts, Job(self.folder.checkpoints, position.step, state, keep, self._damaged))
 
@@ -308,14 +314,17 @@ class Run:
             self.console.show_progress(self._progress(row))
         return spike
 
-    def judge_if_due(self, learner: Learner) -> None:
+    def judge_if_due(self, learner: Learner, heeded: int) -> None:
         """Probe on a part of the labelled images, once at each multiple of `probe.every_steps`.
+
+        Args:
+            learner: at the present position.
+            heeded: the step up to which nothing is due any more.
 
         Raises:
             NonFinite: there is nothing to judge any more.
         """
-        every, step = self.config.probe.every_steps, self.position.step
-        if every and step and step % every == 0:
+        if is_due(self.config.probe.every_steps, heeded, self.position.step):
             self.losses.since_log(self.position)
             encoders = learner.encoders()
             self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))

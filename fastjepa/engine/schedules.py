@@ -57,3 +57,14 @@ class Schedule:
 def cosine(start: float, end: float, done: float) -> float:
     """Half a cosine wave from `start` (done = 0) to `end` (done = 1 and beyond)."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def is_due(every: int, heeded: int, step: int) -> bool:
+    """Whether what is to be done at multiples of `every` (0: never) is due.
+
+    Args:
+        every: steps.
+        heeded: the step up to which it was done.
+        step: now.
+    """
+    return every > 0 and step // every > heeded // every

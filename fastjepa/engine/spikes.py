@@ -64,6 +64,15 @@ def highest_usual(losses: Sequence[float]) -> float:
     return middle + max(MADS * strayed, RISE * abs(middle))
 
 
+def seen_within(log_every: int) -> int:
+    """So many steps after a checkpoint that is old enough to be gone back to, every spike has been seen.
+
+    Losses are looked at with each log line. A spike that shows there may have begun up to `IN_A_ROW` steps
+    before the line before, and what is within `IN_A_ROW` steps of its first is not gone back into.
+    """
+    return log_every + 2 * IN_A_ROW
+
+
 def may_roll_back(spike: Spike, rolled_back: int, save_every: int) -> bool:
     """Whether a spike is far enough from the last one that data were passed over for.
 

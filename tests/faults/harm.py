@@ -3,10 +3,12 @@
 python harm.py HARM VALUE train.py [arguments …]
 
 nan_gradient RANK:STEP,STEP…   on that rank the gradients of these steps, from 0, are not numbers
+told RANK                      that rank is told to stop while it joins the others
 """
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -55,9 +57,22 @@ def rate(value: str) -> None:
     learner.Learner.step = harmed  # type: ignore[method-assign]
 
 
+def told(value: str) -> None:
+    from fastjepa.engine.processes import world
+
+    connect = world._connect
+
+    def harmed(placement: Any, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return connect(placement, *given)
+
+    if value == os.environ["RANK"]:
+        world._connect = harmed  # type: ignore[assignment]
+
+
 if __name__ == "__main__":
     _, name, value, *sys.argv = sys.argv
-    {"nan_gradient": nan_gradient, "rate": rate}[name](value)
+    {"nan_gradient": nan_gradient, "rate": rate, "told": told}[name](value)
     script = sys.argv[0]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")

@@ -29,6 +29,18 @@ def test_gradients_on_one_rank_that_are_no_numbers(
 
 
 @pytest.mark.slow_fault
+def test_a_bad_step_that_was_to_be_kept(watched: Watched, table: Callable[[str, str], Row]) -> None:
+    row = table(
+        "a gradient that is no number, at a step to be saved and judged", "the next step is, and kept as it"
+    )
+    often = ("run.save_every=5", "run.keep_every=5", "run.keep_last=1", "probe.every_steps=5")
+    watched("optim.steps=13", *often, launcher=("python", HARM, "nan_gradient", "0:4")).check()
+    row.times += 1
+    assert watched.trainer.saved_steps == [6, 10, 13]
+    assert [r["step"] for r in watched.trainer.rows if "knn_top1" in r] == [6, 10]
+
+
+@pytest.mark.slow_fault
 def test_gradients_that_stay_so(watched: Watched, table: Callable[[str, str], Row]) -> None:
     row = table(
         "gradients that are no numbers, three steps in a row", "all ranks stop; the good checkpoint is named"

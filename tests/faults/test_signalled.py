@@ -91,7 +91,8 @@ def test_told_to_stop_while_a_drive_hangs(watched: Watched, table: Callable[[str
     judged_on = write_two_classes(home / "probe")[151:153]
     overrides = (
         *FOLDER_RUN, f"data.root={home / 'images'}", f"data.probe_root={home / 'probe'}",
-        "data.hold_out=0", "probe.final_queries=300", "speed.workers=2", "speed.worker_timeout_s=600",
+        "data.hold_out=0", "probe.at_ends=true", "probe.final_queries=300",
+        "speed.workers=2", "speed.worker_timeout_s=600",
     )  # fmt: skip
 
     def stop_where(file: Path, before: int | None, said: str) -> None:

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -54,6 +54,7 @@ class Position:
         spike: the step of the last spike that was told of, counted from 1; 0 for none.
         rolled_back: the step of the last spike that the run went back for; 0 for none.
         passed_over: batches left out: step s reads the data of batch s + passed_over.
+        dataset_checksum: of the names of some of those images; 0 if it is not known.
     """
 
     step: int
@@ -67,6 +68,17 @@ class Position:
     spike: int = 0
     rolled_back: int = 0
     passed_over: int = 0
+    dataset_checksum: int = 0
+
+    def of_here(self, there: "Position") -> "Position":
+        """The position of a checkpoint, taken up on the images and ranks of this one."""
+        return replace(
+            there,
+            losses=(),
+            dataset_images=self.dataset_images,
+            dataset_checksum=self.dataset_checksum,
+            micro_batch=self.micro_batch,
+        )
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,25 @@ class Keep:
 
     Attributes:
         last: so many of the newest, at least 1.
-        every: those of steps that this divides stay for ever; None for none.
+        every: the first at or after each multiple of so many steps stays for ever; None for none.
+        back: for a run that may have to go back, so do those less than so many steps older than the newest,
+            for now, and the one before them; None for none.
     """
 
     last: int
     every: int | None = None
+    back: int | None = None
 
     def reasons(self, steps: Iterable[int]) -> dict[int, str]:
         """Why each step that stays does so."""
         newest_first = sorted(steps, reverse=True)
-        why = {step: f"every {self.every}" for step in newest_first if self.every and step % self.every == 0}
+        why: dict[int, str] = {}
+        if self.every:
+            first = {step // self.every: step for step in newest_first if step >= self.every}
+            why = dict.fromkeys(first.values(), f"every {self.every}")
+        if self.back is not None:
+            young = sum(step > newest_first[0] - self.back for step in newest_first)
+            why |= dict.fromkeys(newest_first[: young + 1], "to go back to")
         for place, step in enumerate(newest_first[: self.last], start=1):
             why[step] = "newest" if place == 1 else f"one of the last {self.last}"
         return why

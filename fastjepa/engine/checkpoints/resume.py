@@ -49,6 +49,11 @@ def obstacles(checkpoint: Checkpoint, start: Position, config: Config) -> list[O
             "the order of images would change"
         )
         found.append(Obstacle(what, "give data.root the same images"))
+    elif 0 < there.dataset_checksum != start.dataset_checksum > 0:
+        what = (
+            f"was trained on {there.dataset_images} images of other names: the order of images would change"
+        )
+        found.append(Obstacle(what, "give data.root the same images"))
     if there.micro_batch != start.micro_batch and config.masks.mode == "truncate":
         what = (
             f"was trained on micro-batches of {there.micro_batch} images, here they have "

@@ -7,6 +7,8 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
+from fastjepa.signals import STOPPING, let_through
+
 # Ctrl-C reaches every process of a terminal, and then launchers send it to theirs once more.
 _SENT_TWICE_S = 5.0
 
@@ -24,10 +26,11 @@ class StoppedEarly(BaseException):
 
 
 class StopRequest:
-    """Hears SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) from now on.
+    """Hears SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C) from now on.
 
     Until `remember` is called they end what is under way at once, as there are no other ranks yet to agree
-    with. After that the first is remembered, and a second Ctrl-C interrupts at once.
+    with; one that was held comes as soon as this is made. After that the first is remembered, and a second
+    Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -35,10 +38,13 @@ class StopRequest:
         self._remembers = False
         self._patience_s = 0.0
         self._since_s = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+        for number in (*STOPPING, signal.SIGINT):
+            # nohup has SIGHUP ignored, and means it.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        let_through()
 
-    def remember(self, launched: bool = False) -> None:
+    def remember(self, launched: bool) -> None:
         """End nothing at once any more.
 
         Args:

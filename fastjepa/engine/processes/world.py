@@ -81,8 +81,16 @@ class World:
         return values / self.size
 
 
-def join_world(device: str, run: RunConfig | None = None) -> World:
+def join_world(
+    device: str, run: RunConfig | None = None, met: Callable[[bool], None] = lambda launched: None
+) -> World:
     """Join the processes that a launcher started, or be the only one, which listens on no port.
+
+    Args:
+        device: auto, cpu or cuda.
+        run: how long to wait for whom.
+        met: called once all processes know of each other, with whether there are others: one that is told to
+            stop from then on does so with them.
 
     Raises:
         ConfigError: CUDA was asked for and there is none, the launcher's variables make no sense, or the
@@ -93,9 +101,11 @@ def join_world(device: str, run: RunConfig | None = None) -> World:
     where = _device(device, placement)
     os.environ |= placement.variables()  # for DeepSpeed
     if placement.size == 1:
+        met(False)
         return World(0, 1, where, None)
     allow_files(placement.size)
     meeting = meet(placement, run.join_within_s)
+    met(True)
     activity = Activity()
     limits = (activity, run.dead_after_s, run.hang_after_s)
     is_main = placement.rank == 0
@@ -197,13 +207,12 @@ def start_group_of_one(world: World) -> None:
 
 
 @contextmanager
-def joined(device: str, run: RunConfig) -> Iterator[World]:
+def joined(device: str, run: RunConfig, met: Callable[[bool], None]) -> Iterator[World]:
     """Within it this process is one of the run's; at its end it says goodbye to the others.
 
-    Raises:
-        ConfigError: as `join_world` does.
+    Args and errors are as of `join_world`.
     """
-    world = join_world(device, run)
+    world = join_world(device, run, met)
     try:
         with nullcontext() if world.watch is None else _farewell(world.watch):
             yield world

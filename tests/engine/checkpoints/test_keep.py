@@ -12,11 +12,11 @@ from fastjepa.engine.checkpoints.keep import Keep, prune
 
 @given(
     steps=st.sets(st.integers(1, 10**9) | st.integers(1, 20), min_size=1, max_size=8),
-    keep=st.builds(Keep, st.integers(1, 4), st.none() | st.integers(1, 5)),
+    keep=st.builds(Keep, st.integers(1, 4), st.none() | st.integers(1, 5), st.none() | st.integers(0, 9)),
     data=st.data(),
 )
 @settings(deadline=None, max_examples=50)
-def test_the_last_and_every_nth_stay(
+def test_the_last_and_the_first_of_every_n_and_those_to_go_back_to_stay(
     tmp_path_factory: pytest.TempPathFactory, steps: set[int], keep: Keep, data: st.DataObject
 ) -> None:
     directory = tmp_path_factory.mktemp("keep")
@@ -26,8 +26,16 @@ def test_the_last_and_every_nth_stay(
     prune(directory, now, keep)
     left = {step_of(path) for path in list_checkpoints(directory)}
     later = {step for step in steps if step > now}
-    for_ever = {step for step in steps if keep.every and step % keep.every == 0}
-    assert left == later | for_ever | set(sorted(steps - later)[-keep.last :])
+    known = steps - later
+    stay = set(sorted(known)[-keep.last :])
+    if keep.every:
+        stay |= {
+            s for s in known if s >= keep.every and not known & set(range(s // keep.every * keep.every, s))
+        }
+    if keep.back is not None:
+        stay |= {s for s in known if s > now - keep.back}
+        stay |= {max((s for s in known if s <= now - keep.back), default=now)}
+    assert left == later | stay
     assert now in left, "the newest good one"
     assert len(list(directory.iterdir())) == len(left)
 
@@ -59,3 +67,10 @@ def test_reasons() -> None:
         10: "every 10",
     }
     assert Keep(1).reasons([]) == {}
+    # A step that was skipped is no checkpoint: the next one is, and counts for it.
+    assert Keep(1, 10).reasons([5, 11, 15, 20, 25, 30]) == {30: "newest", 20: "every 10", 11: "every 10"}
+    assert Keep(1, back=7).reasons([5, 10, 15, 20, 25]) == {
+        25: "newest",
+        20: "to go back to",
+        15: "to go back to",
+    }

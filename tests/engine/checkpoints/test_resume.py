@@ -26,7 +26,7 @@ from fastjepa.train import main
 if TYPE_CHECKING:
     from tests.conftest import Trainer
 
-POSITION = Position(7, 112, 1.5, dataset_images=280, micro_batch=16)
+POSITION = Position(7, 112, 1.5, dataset_images=280, micro_batch=16, dataset_checksum=1)
 TRUNCATE = ["masks.mode=truncate"]
 FORCE = "run.resume=force"
 
@@ -38,6 +38,8 @@ FORCE = "run.resume=force"
         (POSITION, ["speed.workers=0", "run.log_every=3", "probe.bank=9", "speed.accumulation=2"], None),
         (POSITION, ["optim.lr=5e-4"], r"optim\.lr: 0\.001 -> 0\.0005"),
         (replace(POSITION, dataset_images=281), [], "a set of 280 images, here are 281"),
+        (replace(POSITION, dataset_checksum=2), [], "280 images of other names"),
+        (replace(POSITION, dataset_checksum=0), [], None),
         (replace(POSITION, micro_batch=8), [], None),
         (replace(POSITION, micro_batch=8), TRUNCATE, "micro-batches of 16 images, here they have 8"),
     ],

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastjepa.engine.processes.stopping import Call, StopRequest
+from fastjepa.signals import STOPPING
 from tests.engine.processes.test_world import listening
 from tests.ranks import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import Finished, Trainer
 
+HARM = Path(__file__).parents[2] / "faults" / "harm.py"
 LONG = "optim.steps=5000"  # it does not get there
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -118,17 +120,15 @@ def test_a_stopped_rank_is_named_and_ends_once_it_goes_on(train: "Trainer") -> N
 
 @pytest.fixture
 def stop() -> Iterator[StopRequest]:
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    handlers = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
     stop = StopRequest()
-    stop.remember()
+    stop.remember(launched=False)
     yield stop
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [*STOPPING, signal.SIGINT])
 def test_a_signal_asks_to_save_and_stop(stop: StopRequest, number: signal.Signals) -> None:
     calls = [stop.call]
     # Schedulers send SIGTERM again, more impatiently.
@@ -164,6 +164,39 @@ def told_while_it_waits_for_the_others(train: "Trainer", number: signal.Signals)
         time.sleep(0.01)
     process.send_signal(number)
     return train.finish(process, timeout_s=30)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_told_to_stop_while_it_is_imported(train: "Trainer", number: signal.Signals) -> None:
+    process = train.start(LONG)
+    while not blocks(process.pid, number):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    stopped = train.finish(process).check()
+    assert stopped.out == "Stopped before it began; the same command starts it.\n"
+    assert (train.run / "stopped").read_text() == "Stopped before it began\n"
+
+
+def blocks(pid: int, number: signal.Signals) -> bool:
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigBlk"], 16) >> (number - 1) & 1)
+
+
+def test_nohup_is_heeded(train: "Trainer") -> None:
+    process = train.start("optim.steps=100", launcher=("nohup", sys.executable))
+    train.wait_for(process, step=10)
+    process.send_signal(signal.SIGHUP)
+    train.finish(process).check()
+    assert train.saved_steps[-1] == 100
+
+
+def test_told_to_stop_while_it_joins_the_others(train: "Trainer") -> None:
+    """Then it is known to them, and they stop with it."""
+    process = train.start(LONG, launcher=(*LAUNCHERS["torchrun"], str(HARM), "told", "1"))
+    stopped = train.finish(process).check()
+    assert "Stopped at step 0 of 5000; the same command resumes." in stopped.out
+    assert (train.run / "stopped").read_text() == "Stopped at step 0 of 5000\n"
 
 
 def test_interrupted_while_it_waits_for_the_others(train: "Trainer") -> None:
