@@ -22,6 +22,7 @@ from fastjepa.engine.checkpoints.checkpoint import (
 )
 from fastjepa.engine.checkpoints.keep import Keep, set_aside, superfluous
 from fastjepa.engine.checkpoints.verify import damage_of
+from fastjepa.engine.spikes import seen_within
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 
@@ -103,7 +104,8 @@ def keep_of(found: Sequence[Described]) -> Keep:
     for checkpoint in found:
         run = checkpoint.state.get("config", {}).get("run", {})
         if isinstance(run.get("keep_last"), int):
-            return Keep(run["keep_last"], run.get("keep_every"))
+            back = seen_within(run["log_every"]) if run.get("on_spike") == "rollback" else None
+            return Keep(run["keep_last"], run.get("keep_every"), back)
     return Keep(2)
 
 
