@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastjepa_kernels import adamw_triton, choice
 from fastjepa_kernels.checks import require, require_float, require_same_device, require_writable, shape_of
 from fastjepa_kernels.choice import Way, Ways
+from fastjepa_kernels.ops import op
 from fastjepa_kernels.overlap import find_shared
 
 # What `hyper` holds, in this order.
@@ -130,7 +131,7 @@ _WAYS = Ways(
 _WRITTEN = ("master", "exp_avg", "exp_avg_sq", "weight", "shadow", "working")
 
 
-@torch.library.custom_op("fastjepa::adamw_ema_", mutates_args=_WRITTEN)
+@op("fastjepa::adamw_ema_", mutates=_WRITTEN)
 def _adamw_ema_(
     master: Tensor,
     grad: Tensor,

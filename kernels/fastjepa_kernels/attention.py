@@ -28,6 +28,7 @@ from fastjepa_kernels.checks import (
 )
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.gradients import refuse_double_backward, refuse_forward_mode
+from fastjepa_kernels.ops import op
 
 MAX_HEAD_DIM = 128
 
@@ -138,7 +139,7 @@ _BACKWARD_WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::packed_attention", mutates_args=())
+@op("fastjepa::packed_attention")
 def _packed_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, preference: str, equal: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ def _(
     return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=_wide(qkv.dtype))
 
 
-@torch.library.custom_op("fastjepa::packed_attention_backward", mutates_args=())
+@op("fastjepa::packed_attention_backward")
 def _packed_attention_backward(
     dout: Tensor,
     qkv: Tensor,

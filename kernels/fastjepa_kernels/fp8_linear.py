@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastjepa_kernels.checks import require, require_float, require_same_device, shape_of
+from fastjepa_kernels.ops import op
 
 _FP8 = torch.float8_e4m3fn
 _MULTIPLE = 16  # that K and N must be of
@@ -75,7 +76,7 @@ def _scaled_mm(
 # ---------------------------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op("fastjepa::fp8_linear", mutates_args=())
+@op("fastjepa::fp8_linear")
 def _fp8_linear(
     q: Tensor,
     scale: Tensor,
@@ -92,6 +93,9 @@ def _fp8_linear(
         return _scaled_mm(q, scale, weight_q, weight_scale, bias)
     with torch.cuda.device(q.device):  # it is the current device's kernels that are looked for
         return _scaled_mm(q, scale, weight_q, weight_scale, bias)
+
+
+_fp8_linear.refuse_gradients()
 
 
 @_fp8_linear.register_fake

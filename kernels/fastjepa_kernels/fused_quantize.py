@@ -22,6 +22,7 @@ from fastjepa_kernels.checks import require, require_float, require_same_device,
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import tl, triton
 from fastjepa_kernels.launch import dense_rows
+from fastjepa_kernels.ops import op
 from fastjepa_kernels.quantize import has_e4m3, largest_bits, scale_of, to_e4m3
 
 _MOST_COLUMNS = 8192  # a row is held in registers, so that it is read once
@@ -277,12 +278,15 @@ _GELU_WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::layer_norm_quantize", mutates_args=())
+@op("fastjepa::layer_norm_quantize")
 def _layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, preference: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, scale and x + residual: [T, D], or [0, D] without a residual."""
     return _LAYER_NORM_WAYS(preference, x.device, x, weight, bias, eps, residual)
+
+
+_layer_norm_quantize.refuse_gradients()
 
 
 @_layer_norm_quantize.register_fake
@@ -292,9 +296,12 @@ def _(
     return *_empty(x), _empty_total(x, residual)
 
 
-@torch.library.custom_op("fastjepa::gelu_quantize", mutates_args=())
+@op("fastjepa::gelu_quantize")
 def _gelu_quantize(x: Tensor, preference: str) -> tuple[Tensor, Tensor]:
     return _GELU_WAYS(preference, x.device, x)
+
+
+_gelu_quantize.refuse_gradients()
 
 
 @_gelu_quantize.register_fake

@@ -29,6 +29,7 @@ from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.gradients import refuse_forward_mode
 from fastjepa_kernels.language import architecture, tl, triton
 from fastjepa_kernels.launch import columns_per_program, dense_rows
+from fastjepa_kernels.ops import op
 from fastjepa_kernels.sequences import image_of_row, rows_in_sequences, sequence_of_rows
 
 # ------------------------------------------------------------------------------------- plain torch
@@ -284,7 +285,7 @@ _BACKWARD_WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::gather_tokens", mutates_args=())
+@op("fastjepa::gather_tokens")
 def _gather_tokens(
     x: Tensor,
     index: Tensor,
@@ -313,7 +314,7 @@ def _(
     return x.new_empty(*index.shape, x.shape[2], dtype=dtype)
 
 
-@torch.library.custom_op("fastjepa::gather_tokens_backward", mutates_args=())
+@op("fastjepa::gather_tokens_backward")
 def _gather_tokens_backward(
     grad: Tensor,
     index: Tensor,

@@ -4,7 +4,8 @@ from typing import NoReturn
 
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef
+
+from fastjepa_kernels.ops import Op
 
 
 def refuse_second_derivative(op: str) -> NoReturn:
@@ -14,7 +15,7 @@ def refuse_second_derivative(op: str) -> NoReturn:
     )
 
 
-def refuse_double_backward(backward: CustomOpDef, op: str) -> None:
+def refuse_double_backward(backward: Op, op: str) -> None:
     """Have a second derivative of `op` refused in words; `backward` is the op that computes its first."""
     backward.register_autograd(lambda _ctx, *_gradients: refuse_second_derivative(op))
 

@@ -28,6 +28,7 @@ from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.gradients import refuse_forward_mode, refuse_second_derivative
 from fastjepa_kernels.language import tl, triton
 from fastjepa_kernels.launch import dense_rows
+from fastjepa_kernels.ops import op
 
 # ------------------------------------------------------------------------------------- plain torch
 
@@ -263,7 +264,7 @@ _BACKWARD_WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::jepa_loss", mutates_args=())
+@op("fastjepa::jepa_loss")
 def _jepa_loss(
     prediction: Tensor,
     hidden: Tensor,
@@ -316,10 +317,13 @@ def _(
     return loss, _empty_slope(prediction, need_gradient)
 
 
-@torch.library.custom_op("fastjepa::jepa_loss_backward", mutates_args=())
+@op("fastjepa::jepa_loss_backward")
 def _jepa_loss_backward(slope: Tensor, grad_out: Tensor, preference: str) -> Tensor:
     """slope * grad_out / count: the gradient with respect to the prediction."""
     return _BACKWARD_WAYS(preference, slope.device, slope, grad_out)
+
+
+_jepa_loss_backward.refuse_gradients()
 
 
 @_jepa_loss_backward.register_fake
@@ -327,7 +331,7 @@ def _(slope: Tensor, grad_out: Tensor, preference: str) -> Tensor:
     return torch.empty_like(slope)
 
 
-@torch.library.custom_op("fastjepa::jepa_loss_backward_", mutates_args=("slope",))
+@op("fastjepa::jepa_loss_backward_", mutates=("slope",))
 def _jepa_loss_backward_(slope: Tensor, grad_out: Tensor, preference: str) -> None:
     """The same where nobody needs the slope any more: it becomes the gradient."""
     _BACKWARD_WAYS(preference, slope.device, slope, grad_out, True)

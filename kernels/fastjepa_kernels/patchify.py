@@ -28,6 +28,7 @@ from fastjepa_kernels.checks import (
 )
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import tl, triton
+from fastjepa_kernels.ops import op
 from fastjepa_kernels.sequences import image_of_row, rows_in_sequences, sequence_of_rows
 
 Channels = Sequence[float] | Tensor | None
@@ -222,7 +223,7 @@ _WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::patchify_gather", mutates_args=())
+@op("fastjepa::patchify_gather")
 def _patchify_gather(
     images: Tensor,
     index: Tensor | None,
@@ -241,6 +242,9 @@ def _patchify_gather(
     if images.numel() == 0:
         return images.new_zeros(_shape(images, index, patch_size), dtype=dtype)
     return _WAYS(preference, images.device, images, index, patch_size, mean, std, dtype, cu_seqlens)
+
+
+_patchify_gather.refuse_gradients()
 
 
 @_patchify_gather.register_fake

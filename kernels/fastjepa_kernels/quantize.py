@@ -17,6 +17,7 @@ from fastjepa_kernels.checks import require, require_float, require_same_device,
 from fastjepa_kernels.choice import Way, Ways
 from fastjepa_kernels.language import architecture, tl, triton
 from fastjepa_kernels.launch import dense_rows
+from fastjepa_kernels.ops import op
 from fastjepa_kernels.overlap import find_shared
 
 _LARGEST = 448.0  # of float8_e4m3fn
@@ -136,7 +137,7 @@ _WAYS = Ways(
 )
 
 
-@torch.library.custom_op("fastjepa::quantize_rows_", mutates_args=("out", "scale"))
+@op("fastjepa::quantize_rows_", mutates=("out", "scale"))
 def _quantize_rows_(x: Tensor, out: Tensor, scale: Tensor, preference: str) -> None:
     names = ("out", "scale", "x")
     shared = find_shared([out, scale], [x])
