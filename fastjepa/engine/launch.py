@@ -198,8 +198,21 @@ def _start_deepspeed(world: World) -> Any:
     warnings.filterwarnings("ignore", ".* is deprecated. Please use `torch.distributed", FutureWarning)
     # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
     setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+    _import_muon()
     start_group_of_one(world)
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", timeout=HOST_TIMEOUT, verbose=False
     )
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Before DeepSpeed does, to see whether an optimizer is one. As it is, that loads the compiler."""
+    compiled = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except (ImportError, TypeError):  # of another version of DeepSpeed
+        pass
+    finally:
+        torch.compile = compiled
