@@ -8,6 +8,7 @@ The same command again resumes from the newest good checkpoint.
 """
 
 import argparse
+import atexit
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -37,6 +38,7 @@ from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import deepspeed_config, preferred_kernels
 from fastjepa.engine.learner import Learner, how_it_runs, start_learner
+from fastjepa.engine.output import settle, tell
 from fastjepa.engine.prefetch import in_steps, on_device
 from fastjepa.engine.processes.activity import Doing
 from fastjepa.engine.processes.shared import check_shared
@@ -87,18 +89,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         if options.print_config:
             print(config.to_yaml(), end="")
             return 0
+        atexit.register(settle)
         with joined(config.speed.device, config.run, stop.remember) as world:
             return pretrain(config, world, stop)
     except TOLD as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return 1
     except StoppedEarly:
-        print("Stopped before it began; the same command starts it.")
+        tell("Stopped before it began; the same command starts it.", sys.stdout)
         mark_stopped(folder_of(config).path, "Stopped before it began")
         return 0
     except KeyboardInterrupt:  # while starting, or the second one
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would hide the exit status
-        print("interrupted", file=sys.stderr)
+        tell("interrupted", sys.stderr)
         return INTERRUPTED
 
 

@@ -1,8 +1,10 @@
 """`fastjepa checkpoint`: what there is, whether it is good, and what may go."""
 
+import errno
 import fcntl
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,10 +130,59 @@ def test_the_folder_one_stands_in(
     monkeypatch.chdir(run / at)
     assert main(["checkpoint", "verify", "."]) == 0
     assert capsys.readouterr().out.count(" is good\n") == (5 if at == "checkpoints" else 1)
+    monkeypatch.chdir(run / "checkpoints")
     with (run / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["checkpoint", "prune", ".", "--keep-last", "5"]) == 0
     assert (run / "checkpoints" / "step_00000060.tmp").exists(), "a run is writing it"
+
+
+def test_a_single_checkpoint_is_not_pruned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = checkpoint_path(run / "checkpoints", 10)
+    assert main(["checkpoint", "prune", str(one), "--keep-last", "1"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {one} is one checkpoint, and prune chooses among all of a run: give {one.parent}, or delete "
+        "that folder yourself to be rid of it alone\n"
+    )
+    assert steps(run) == [10, 20, 30, 40, 50]
+
+
+def test_a_run_may_begin_while_one_prunes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One begins whenever something is deleted, and its first save clears leftovers away."""
+    begun: list[str] = []
+    rmtree = shutil.rmtree
+
+    def deleting(path: Path, **options: Any) -> None:
+        with (run / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        begun.append(path.name)
+        if ".tmp" in path.suffixes and len(begun) == 5:
+            rmtree(path)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", deleting)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--dry-run"]) == 0
+    assert begun == []
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert len(begun) == 5
+    assert steps(run) == [50]
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_on_a_drive_without_locks_leftovers_stay(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is given by hand: no such drive can be mounted everywhere."""
+
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"step_00000060.tmp stays: {run / '.lock'} cannot be locked (No locks available)" in said
+    assert (run / "checkpoints" / "step_00000060.tmp").exists()
+    assert steps(run) == [50]
 
 
 def test_without_a_lock_nobody_can_say_whether_a_run_is_writing(

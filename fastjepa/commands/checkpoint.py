@@ -41,6 +41,11 @@ def run(options: argparse.Namespace) -> int:
             return _list(directory)
         if options.action == "verify":
             return _verify([source] if is_checkpoint(source) else list_checkpoints(directory), directory)
+        if is_checkpoint(source):
+            return refuse(
+                f"{source} is one checkpoint, and prune chooses among all of a run: give {directory}, or "
+                "delete that folder yourself to be rid of it alone"
+            )
         return _prune(directory, options.keep_last, options.keep_every, dry_run=options.dry_run)
     except (CheckpointError, OSError) as error:
         return refuse(error)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,8 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from fastjepa.engine.judge import Verdict
+from fastjepa.engine.output import Output
 
 WIDEST_VIEW = 100  # columns: numbers far apart are hard to read
+
+
+def _console() -> Console:
+    """On standard output, whatever becomes of that."""
+    return Console(file=cast(TextIO, Output(sys.stdout)), soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class RunConsole:
 
     active: bool
     title: str
-    console: Console = field(default_factory=lambda: Console(soft_wrap=True, highlight=False))
+    console: Console = field(default_factory=_console)
     verdict: Verdict | None = None
     _live: Live | None = None
     _warned: set[str] = field(default_factory=set)
@@ -49,7 +56,7 @@ class RunConsole:
     def __enter__(self) -> "RunConsole":
         self._log = _Handler(self._warn_once)
         logging.getLogger("fastjepa").addHandler(self._log)
-        if self.active and sys.stdout.isatty() and not self.console.is_dumb_terminal:
+        if self.active and self.console.file.isatty() and not self.console.is_dumb_terminal:
             # Drawn when there is something new: a view that redraws itself cannot be selected or copied from.
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()

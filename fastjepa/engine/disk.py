@@ -1,5 +1,6 @@
 """A full disk, or one that has become read-only, costs what could not be written, and not the run."""
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,3 +48,10 @@ class Disk:
         if count:
             times = "once" if count == 1 else f"{count} times"
             self.console.say(f"{path} can be written again; {times} it could not")
+
+
+def remedy(error: OSError) -> str:
+    """What the person at the keyboard can do about what cannot be written in a run folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space there, and start it again"
+    return "choose another run.dir, or let this user write there"

@@ -1,9 +1,13 @@
 """The folder of a run: config.yaml, metrics.jsonl, checkpoints/ and report/."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +21,16 @@ from torch import Tensor
 
 from fastjepa.config import Config, ConfigError, differences, parse_config
 from fastjepa.engine.checkpoints.checkpoint import list_checkpoints
-from fastjepa.engine.checkpoints.write import make_folder
+from fastjepa.engine.checkpoints.write import make_folder, sync
+from fastjepa.engine.disk import remedy
 from fastjepa.masks import Masks
 
 Json = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+_PATIENCE_S = 5.0  # with whom holds the folder: pruning does for an instant, and so does a run that ends
+_LOOK_S = 0.1
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what drives without them answer
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,17 @@ class RunFolder:
     def snapshots(self) -> Path:
         return self.path / "report" / "snapshots"
 
-    def open(self, config: Config) -> TextIO:
+    def open(self, config: Config, patience_s: float = _PATIENCE_S) -> TextIO:
         """Make the folder, or take it up again.
 
         The configuration of a run that is there already stays until `write_config`: it may yet be refused.
 
+        Args:
+            config: of the run.
+            patience_s: how long to wait for a process that holds it.
+
         Returns:
-            A file whose lock keeps other processes out while it is open.
+            A file whose lock keeps other processes out while it is open, on a drive that has locks.
 
         Raises:
             ConfigError: it cannot be written, is in use, or holds a run of another configuration.
@@ -67,7 +81,7 @@ class RunFolder:
             if self.config.exists() and config.run.resume != "force":
                 self._check_same_run(config)
             lock = (self.path / ".lock").open("a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._hold(lock, patience_s)
             if not self.config.exists() and not list_checkpoints(self.checkpoints):
                 replace_text(self.config, config.to_yaml())
         except BlockingIOError as error:
@@ -79,26 +93,64 @@ class RunFolder:
         return lock
 
     def write_config(self, config: Config) -> None:
-        """From now on these are the settings of the run.
+        """From now on these are the settings of the run. Nothing is written where the file says so already.
 
         Raises:
             ConfigError: it cannot be written.
         """
+        text = config.to_yaml()
+        with suppress(OSError):
+            if self.config.read_bytes() == text.encode():
+                return  # so that a run may start again where there is no room for a second copy
         try:
-            replace_text(self.config, config.to_yaml())
+            self._read_config()
+        except ConfigError as error:
+            if self.config.exists():
+                _log.warning("%s; it is written anew", error)
+        try:
+            replace_text(self.config, text)
         except OSError as error:
             raise self._cannot_write(error) from error
 
     def _cannot_write(self, error: OSError) -> ConfigError:
-        return ConfigError(
-            f"cannot write to the run folder {self.path}: {error.strerror}; choose another run.dir"
-        )
+        return ConfigError(f"cannot write to the run folder {self.path}: {error.strerror}; {remedy(error)}")
+
+    def _hold(self, lock: TextIO, patience_s: float) -> None:
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline_s:
+                    raise
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                _log.warning(
+                    "%s is on a drive without file locks (%s): two runs in it cannot be told apart, so see "
+                    "that no other writes there",
+                    self.path,
+                    error.strerror,
+                )
+                return
+            time.sleep(_LOOK_S)
+
+    def _read_config(self) -> Config:
+        """Raises ConfigError if it cannot be read."""
+        try:
+            return parse_config(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{self.config} cannot be read: {reason}") from error
 
     def _check_same_run(self, config: Config) -> None:
         try:
-            before = parse_config(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config} cannot be read: {error}; choose another run.dir") from error
+            before = self._read_config()
+        except ConfigError as error:
+            if list_checkpoints(self.checkpoints):  # each has its settings, and is held against them
+                return
+            raise ConfigError(f"{error}; delete it if it is of no use, or choose another run.dir") from error
         changed = differences(before.results_part(), config.results_part())
         if changed:
             listing = "".join(f"\n  {line}" for line in changed)
@@ -165,11 +217,13 @@ def folder_of(config: Config) -> RunFolder:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all, whenever the machine crashes."""
     partial = path.with_name(path.name + ".tmp")
     try:
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

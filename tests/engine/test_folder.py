@@ -1,9 +1,12 @@
 """The run folder, and its file of metrics."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ from safetensors import safe_open
 
 from fastjepa.config import Config, ConfigError, load_config, parse_config
 from fastjepa.engine.console import RunConsole
-from fastjepa.engine.disk import Disk
-from fastjepa.engine.folder import RunFolder, folder_of
+from fastjepa.engine.disk import Disk, remedy
+from fastjepa.engine.folder import RunFolder, folder_of, replace_text
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.masks import Masks
 
@@ -45,7 +48,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path).open(Config()):
         before = (tmp_path / "config.yaml").read_bytes()
         with pytest.raises(ConfigError, match=f"another process is training in {tmp_path}: wait for it"):
-            RunFolder(tmp_path).open(load_config(None, ["run.log_every=3"]))
+            RunFolder(tmp_path).open(load_config(None, ["run.log_every=3"]), patience_s=0)
         assert (tmp_path / "config.yaml").read_bytes() == before
     RunFolder(tmp_path).open(Config()).close()
 
@@ -62,13 +65,84 @@ def test_another_run_is_refused_with_the_difference_and_left_alone(tmp_path: Pat
     assert folder.config.read_bytes() == before
 
 
+def test_a_folder_that_is_let_go_soon_is_waited_for(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).open(Config()) as held:
+        end = threading.Timer(0.3, held.close)
+        end.start()
+        RunFolder(tmp_path).open(Config()).close()
+        end.join()
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_drive_without_locks_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: int
+) -> None:
+    """Its answer is given by hand: no such drive can be mounted everywhere."""
+
+    def flock(*arguments: object) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    RunFolder(tmp_path).open(Config()).close()
+    assert load_config(tmp_path / "config.yaml") == Config()
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path} is on a drive without file locks ({os.strerror(answer)}): two runs")
+
+
+def test_settings_that_are_there_already_are_not_written_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open(Config()).close()
+    before = folder.config.stat()
+    folder.write_config(Config())
+    assert folder.config.stat() == before, "a full disk has no room for them"
+
+
+def test_settings_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def note_replace(old: Path, new: Path) -> None:
+        done.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    replace_text(tmp_path / "config.yaml", "run: {}")
+    assert done == ["sync config.yaml.tmp", "rename", f"sync {tmp_path.name}"]
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "optim: {lr: fast}", "unknown: {}", "\x00"])
 def test_unreadable_configuration_is_refused(tmp_path: Path, text: str) -> None:
     folder = RunFolder(tmp_path)
     folder.config.write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml cannot be read: .*; delete it if it is of no use, or choose"
+    ):
         folder.open(Config())
     assert folder.config.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "\x00"])
+def test_unreadable_configuration_beside_checkpoints_is_written_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / "step_00000005").mkdir(parents=True)
+    folder.config.write_text(text)
+    folder.open(Config()).close()
+    assert folder.config.read_text() == text, "it may yet be refused"
+    folder.write_config(Config())
+    assert load_config(folder.config) == Config()
+    [said] = caplog.messages
+    assert said.startswith(f"{folder.config} cannot be read: ")
+    assert said.endswith("; it is written anew")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("below", ["file", "file/run"])
@@ -225,6 +299,12 @@ def test_a_file_that_cannot_be_written_is_told_of_once_and_once_more_when_it_can
         cannot.format(path),
         f"{path} can be written again; once it could not",
     ]
+
+
+def test_what_to_do_about_it() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        assert remedy(OSError(number, "")) == "free space there, and start it again"
+    assert remedy(OSError(errno.EACCES, "")).startswith("choose another run.dir")
 
 
 def test_configuration_of_a_folder_is_what_ran(tmp_path: Path) -> None:

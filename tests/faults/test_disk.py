@@ -1,6 +1,7 @@
 """A disk that is full, or read-only, for a while or for good: the run trains on, and keeps what it had."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastjepa.engine.checkpoints.verify import verify_checkpoint
-from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results
+from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results, torchrun
 from tests.faults.table import Row
 
 SIZE = "2m"  # of the disk: five checkpoints
@@ -71,6 +72,12 @@ def disk(watched: Watched) -> Iterator[Disk]:
     disk.close()
 
 
+def at_rest(watched: Watched, process: "subprocess.Popen[str]", step: int) -> None:
+    """Wait until nothing is being saved or deleted, which would make room, after the save of that step."""
+    last = {f"step_{step - 5:08d}", f"step_{step:08d}"}
+    assert watched.wait_for(process, lambda: {path.name for path in watched.checkpoints.iterdir()} == last)
+
+
 WAYS = pytest.mark.parametrize(
     ("way", "begin", "end"),
     [
@@ -95,8 +102,9 @@ def test_the_disk_fails(
     for_good = table(
         f"the disk is {way} until the end", "warns, trains on, keeps the last checkpoint, fails at the end"
     )
-    process = watched.start(*RUN, gates=[40])
-    with watched.standing_at(process, 40):
+    process = watched.start(*RUN, gates=[43])
+    with watched.standing_at(process, 43):
+        at_rest(watched, process, 40)
         begin(disk)
     failed = watched.finish(process).check(1)
     for_good.times += 1
@@ -104,14 +112,15 @@ def test_the_disk_fails(
     assert len(failed.errors) == 1
     assert "the last checkpoint could not be written" in failed.errors[0]
     assert watched.witness.newest_step() == STEPS - 1, "it trained on"
-    assert watched.step in (35, 40), "the one under way at 40 may have been whole before"
+    assert watched.step == 40
     for path in watched.checkpoints.glob("step_????????"):
         verify_checkpoint(path)
     end(disk)
 
     for_a_while = table(f"the disk is {way} for a while", "warns once, trains on, saves again")
-    process = watched.start(*RUN, gates=[60, 85])
-    with watched.standing_at(process, 60):
+    process = watched.start(*RUN, gates=[63, 85])
+    with watched.standing_at(process, 63):
+        at_rest(watched, process, 60)
         begin(disk)
     with watched.standing_at(process, 85):
         end(disk)
@@ -122,3 +131,52 @@ def test_the_disk_fails(
     for row in (for_good, for_a_while):
         row.hold_against(watched, reference)
     assert results(watched.trainer) == results(reference.trainer)
+
+
+def test_the_log_is_on_the_full_disk_as_well(
+    watched: Watched,
+    uninterrupted: Callable[..., Watched],
+    table: Callable[[str, str], Row],
+    disk: Disk,
+) -> None:
+    row = table("the disk is full for a while, the log on it", "trains on, saves again; no line is torn")
+    reference = uninterrupted(*RUN)
+    log = disk.path / "log"
+    with log.open("a") as stream:
+        process = watched.start(*RUN, gates=[43, 85], stdout=stream, stderr=stream)
+    with watched.standing_at(process, 43):
+        at_rest(watched, process, 40)
+        with log.open("a") as stream:  # a page that is begun is all there: the next line is cut off in it
+            stream.write("#" * (-(log.stat().st_size + 21) % 4096) + "\n")
+        disk.fill()
+    with watched.standing_at(process, 85):
+        assert len(log.read_text().splitlines()[-1]) == 20, "it was to be cut off"
+        disk.make_room()
+    assert watched.finish(process).code == 0, log.read_text()
+    row.times += 1
+    shown = lines_with(log.read_text(), "step ", "loss")
+    assert len(shown) == STEPS // 4 + 1
+    assert [line for line in shown if not (line.startswith("step ") and line.endswith(" left"))] == []
+    assert lines_with(log.read_text(), "warning: checkpoint", "not written")
+    row.hold_against(watched, reference)
+    assert results(watched.trainer) == results(reference.trainer)
+
+
+def test_two_ranks_start_again_on_a_full_disk(
+    watched: Watched, table: Callable[[str, str], Row], disk: Disk
+) -> None:
+    row = table("the same command while the disk is full", "resumes, warns, trains on, fails at the end")
+    ranks = torchrun(2)
+    watched("optim.steps=10", launcher=ranks).check()
+    shutil.rmtree(watched.checkpoints / "step_00000010")
+    disk.fill()
+    failed = watched("optim.steps=10", launcher=ranks)
+    row.times += 1
+    assert failed.code == 1, failed
+    assert lines_with(failed.out, "Resuming at step 5 of 10"), failed
+    assert lines_with(failed.out, "warning: checkpoint not written: step 10"), failed
+    assert watched.witness.newest_step() == 9, "it trained on"
+    assert watched.trainer.saved_steps == [5]
+    disk.make_room()
+    watched("optim.steps=10", launcher=ranks).check()
+    assert watched.trainer.saved_steps == [5, 10]

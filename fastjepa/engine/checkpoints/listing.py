@@ -2,9 +2,10 @@
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,21 +188,40 @@ def carry_out(directory: Path, pruning: Pruning, *, dry_run: bool = False) -> Pr
         What went, or would, and notes on what did not.
     """
     gone, notes = [], list(pruning.notes)
-    with _lock_of(directory.parent) as why_not:
-        for path in pruning.go:
-            if path.suffix == ".tmp" and why_not is not None:
-                notes.append(f"{path} stays: {why_not}")
+    leftovers = [path for path in pruning.go if path.suffix == ".tmp"]
+    for path in (path for path in pruning.go if path not in leftovers):
+        if not dry_run:
+            try:
+                shutil.rmtree(set_aside(path))
+            except FileNotFoundError:  # the run itself has deleted it
+                if path.exists():
+                    raise
+                notes.append(f"{path} is gone already")
                 continue
-            if not dry_run:
-                try:
-                    shutil.rmtree(set_aside(path))
-                except FileNotFoundError:  # the run itself has deleted it
-                    if path.exists():
-                        raise
-                    notes.append(f"{path} is gone already")
-                    continue
-            gone.append(path)
+        gone.append(path)
+    if not leftovers:
+        return Pruning(gone, notes)
+    going: list[Path] = []
+    # A run that begins meanwhile has to wait for the lock: deleting them would take too long.
+    with _lock_of(directory.parent) as why_not:
+        if why_not is not None:
+            notes += [f"{path} stays: {why_not}" for path in leftovers]
+            return Pruning(gone, notes)
+        for path in leftovers:
+            with suppress(FileNotFoundError):  # a run that has ended since has deleted it
+                if not dry_run:
+                    going.append(_out_of_reach(path))
+                gone.append(path)
+    for path in going:
+        shutil.rmtree(path, ignore_errors=True)  # a run that has begun since may delete it as well
+        if path.exists():
+            shutil.rmtree(path)
     return Pruning(gone, notes)
+
+
+def _out_of_reach(leftover: Path) -> Path:
+    """Give it a name that no run writes under, and which the next save clears away if this is killed."""
+    return leftover.rename(leftover.with_name(f"{leftover.stem}.{os.getpid()}.tmp"))
 
 
 @contextmanager
@@ -219,5 +239,11 @@ def _lock_of(run: Path) -> Iterator[str | None]:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             yield f"a run is training in {run}"
+            return
+        except OSError as error:  # as drives answer that have no locks
+            yield (
+                f"{file} cannot be locked ({error.strerror}), so that nobody can tell whether a run is "
+                "writing it; delete it by hand if none is"
+            )
             return
         yield None

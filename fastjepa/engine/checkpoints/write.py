@@ -56,10 +56,10 @@ class CheckpointWriter:
         manifest[STATE] = self._write_json(STATE, state)
         entries = {name: fingerprint._asdict() for name, fingerprint in sorted(manifest.items())}
         self._write_json(MANIFEST, entries)
-        _sync(self._partial)
+        sync(self._partial)
         _make_way(self.final)
         self._partial.rename(self.final)
-        _sync(self.final.parent)
+        sync(self.final.parent)
         return self.final
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
-        _sync(made.parent)  # where its name is
+        sync(made.parent)  # where its name is
 
 
 def _make_way(path: Path) -> None:
@@ -138,7 +138,8 @@ def _make_way(path: Path) -> None:
     put_away(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See a file or the names in a folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastjepa.config import ConfigError
+from fastjepa.engine.output import tell
 from fastjepa.engine.processes.launchers import Placement
 
 T = TypeVar("T")
@@ -215,7 +216,7 @@ def _poll(try_once: Callable[[], T | None], deadline_s: float, waits_for: str | 
         if result is not None or time.monotonic() >= deadline_s:
             return result
         if waits_for is not None and time.monotonic() >= say_at_s:
-            print(f"{waits_for} …", file=sys.stderr, flush=True)
+            tell(f"{waits_for} …", sys.stderr)
             waits_for = None
         time.sleep(_POLL_S)
 

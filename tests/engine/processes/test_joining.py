@@ -17,6 +17,7 @@ from fastjepa.engine.checkpoints.saver import host_copy
 from fastjepa.engine.partitions import FlatLayout, Partition, Parts, Slice, gather
 from fastjepa.engine.processes.launchers import TORCH_VARIABLES
 from fastjepa.engine.processes.shared import check_shared
+from fastjepa.engine.processes.stopping import PeerFailed
 from fastjepa.engine.processes.world import World, joined
 from tests.conftest import BIN, ROOT
 from tests.ranks import free_port
@@ -35,7 +36,7 @@ def main(folders: list[str]) -> int:
             exchange(world)
             check_shared(world, Path(folders[world.rank]), within_s=0.5)
             print(f"rank {world.rank} sees it")
-    except ConfigError as error:
+    except (ConfigError, PeerFailed) as error:
         print(f"error: {error}")
         return 1
     return 0
@@ -108,6 +109,21 @@ def test_a_rank_that_sees_another_folder_is_named_by_all(tmp_path: Path) -> None
         assert f" at {second}, looked for 0.5 s: run.dir must be on a drive that all hosts share" in one
         assert "Traceback" not in one
     assert list(tmp_path.rglob("*")) in ([first, second], [second, first])
+
+
+def test_a_mark_that_cannot_be_made_is_told_in_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    codes, said = run(folder, folder)
+    assert codes == [1, 1], said
+    assert f"error: cannot write {folder}/.shared." in said[0]
+    assert ": No such file or directory; choose another run.dir, or let this user write there\n" in said[0]
+    assert all("Traceback" not in one for one in said)
+
+
+def test_marks_of_killed_runs_go(tmp_path: Path) -> None:
+    (tmp_path / ".shared.0123").touch()
+    assert run(tmp_path, tmp_path)[0] == [0, 0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names network interfaces")
