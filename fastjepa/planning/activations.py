@@ -8,7 +8,8 @@ modules run.
 
 from dataclasses import dataclass
 
-from bench.scale_model.networks import Network, Seen
+from fastjepa.planning.networks import Network
+from fastjepa.planning.tokens import Tokens
 
 STATISTIC = 4  # bytes: means, reciprocal deviations and the attention's log-sum-exp are fp32
 NUMBER = 2  # bytes of bf16
@@ -28,29 +29,6 @@ class Kept:
 
     remade: bool = True
     checkpointed: bool = False
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Of one forward pass over `images` of a rank."""
-
-    images: int
-    seen: Seen
-
-    @property
-    def context(self) -> float:
-        """Rows of the context encoder, B K."""
-        return self.images * self.seen.context
-
-    @property
-    def asked(self) -> float:
-        """Predicted rows, M B P."""
-        return self.images * self.seen.blocks * self.seen.target
-
-    @property
-    def stream(self) -> float:
-        """Rows of the predictor: context and block, for each of M blocks."""
-        return self.seen.blocks * self.context + self.asked
 
 
 def block_bytes(width: int, heads: int, ratio: float, rows: float, after: float, kept: Kept) -> float:

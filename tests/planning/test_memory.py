@@ -1,4 +1,4 @@
-"""The scale model against what a real engine holds, and its arithmetic against what must always be so.
+"""The memory of a step against what a real engine holds.
 
 The worker processes run this file as a script: real gloo ranks under real DeepSpeed, on the CPU.
 """
@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.scale_model.activations import Kept, Tokens, backward_bytes, forward_bytes, left_bytes
-from bench.scale_model.memory import Memory, Split, state, step
-from bench.scale_model.networks import Network, Seen
 from fastjepa.config import Config, load_config
 from fastjepa.data.loader import Batch
 from fastjepa.engine.build import build_masks, build_model
@@ -30,6 +27,10 @@ from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.schedules import Rates
 from fastjepa.models import ViTShape
 from fastjepa.models.flops import Narrow
+from fastjepa.planning.activations import Kept, backward_bytes, forward_bytes, left_bytes
+from fastjepa.planning.memory import Memory, Split, state, step
+from fastjepa.planning.networks import Network
+from fastjepa.planning.tokens import Seen, Tokens
 from fastjepa_kernels import block
 from tests.ranks import run_ranks
 

@@ -1,6 +1,6 @@
 """Bytes of a rank under each ZeRO stage, cut and padded as DeepSpeed 0.19.8 does it. Training in bf16.
 
-What DeepSpeed keeps was read in its source and is held to a real run by tests/bench/test_scale_model.py:
+What DeepSpeed keeps was read in its source and is held to a real run by tests/planning/test_memory.py:
 
     stage 0   bf16 gradients while a step lasts, fp32 copies of them all for the update
     stage 1   (its bf16 optimizer) whole fp32 gradients, always, and bf16 ones while a step lasts
@@ -11,8 +11,16 @@ What DeepSpeed keeps was read in its source and is held to a real run by tests/b
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from bench.scale_model.networks import Group
 from fastjepa.engine.single import ALIGNED
+from fastjepa.planning.activations import (
+    Kept,
+    backward_bytes,
+    forward_bytes,
+    left_bytes,
+    target_bytes,
+)
+from fastjepa.planning.networks import Group, Network
+from fastjepa.planning.tokens import Tokens
 
 BF16, FP32 = 2, 4  # bytes
 STAGES = (0, 1, 2, 3)
@@ -191,6 +199,20 @@ class Memory:
         begin = self.activations + self.working + self.step.buckets + self.step.gathered
         update = self.step.gradients + self.step.update
         return self.state.total + max(begin, self.left * self.step.is_early + update)
+
+
+def memory_of(network: Network, split: Split, tokens: Tokens, checkpointed: bool) -> Memory:
+    """Of a rank on a GPU. The hooks of ZeRO 3 keep blocks from being fused, so that they keep more."""
+    kept = Kept(remade=split.stage < 3, checkpointed=checkpointed)
+    block = network.block_parameters
+    outside = network.encoder_parameters - network.shape.depth * block
+    return Memory(
+        state(network.groups, split, block, outside),
+        step(network.groups, split),
+        forward_bytes(network, tokens, kept),
+        left_bytes(network, tokens, kept, split.bucket),
+        max(backward_bytes(network, tokens, kept), target_bytes(network, tokens) * checkpointed),
+    )
 
 
 def _up(numel: int, multiple: int) -> int:
