@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import nn
 
+from fastjepa.config import Config, ConfigError
+from fastjepa.engine.build import build_shape, build_size
 from fastjepa.engine.launch import parameter_groups
-from fastjepa.models import Predictor, VisionTransformer, ViTShape
+from fastjepa.models import MAEDecoder, Predictor, VisionTransformer, ViTShape
 from fastjepa.models.flops import Narrow
+from fastjepa.objectives import MAE
 from fastjepa.objectives.jepa import Student
 
 
@@ -17,7 +21,7 @@ class Group:
 
     Attributes:
         numels: elements of each parameter.
-        is_encoder: the target encoder has the same.
+        is_encoder: of the encoder; the target encoder, where there is one, has the same.
     """
 
     numels: tuple[int, ...]
@@ -30,7 +34,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Network:
-    """An encoder and its predictor, whose heads are `predictor_heads`."""
+    """An encoder and its predictor, whose heads are `predictor_heads`; or the decoder of MAE in its place."""
 
     name: str
     shape: ViTShape
@@ -38,9 +42,19 @@ class Network:
     predictor_heads: int
 
     @property
+    def is_mae(self) -> bool:
+        """Whose encoder has a class token, and no target encoder beside it."""
+        return self.shape.class_token
+
+    @property
     def patches(self) -> int:
         """N of an image."""
         return self.shape.grid[0] * self.shape.grid[1]
+
+    @property
+    def patch_pixels(self) -> int:
+        """Values of a patch: C p p."""
+        return self.shape.channels * self.shape.patch_size**2
 
     @property
     def title(self) -> str:
@@ -52,7 +66,7 @@ class Network:
 
     @property
     def parameters(self) -> int:
-        """Of the student: encoder and predictor."""
+        """That are trained: of encoder and predictor."""
         return sum(group.numel for group in self.groups)
 
     @property
@@ -66,15 +80,39 @@ class Network:
         return 4 * width * width + 2 * width * hidden + 9 * width + hidden
 
 
+def network_of(config: Config) -> Network:
+    """That a configuration describes.
+
+    Raises:
+        ConfigError: there can be no such networks.
+    """
+    size, model = build_size(config), config.model
+    if config.objective.name == "mae":
+        head, heads = Narrow(model.decoder_width, model.decoder_depth), model.decoder_heads
+    else:
+        head, heads = Narrow(size.predictor_width, size.predictor_depth), size.predictor_heads
+    try:
+        network = Network(model.size, build_shape(config), head, heads)
+        _groups_of(network)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return network
+
+
 @cache
 def _groups_of(network: Network) -> tuple[Group, ...]:
     """As the engine forms them, of a model without memory."""
-    shape, narrow = network.shape, network.predictor
+    shape, narrow, heads = network.shape, network.predictor, network.predictor_heads
     with torch.device("meta"):
         encoder = VisionTransformer(shape)
-        predictor = Predictor(shape.grid, shape.width, narrow.width, narrow.depth, network.predictor_heads)
+        trained: nn.Module
+        if network.is_mae:
+            trained = MAE(encoder, MAEDecoder(shape, narrow.width, narrow.depth, heads))
+        else:
+            predictor = Predictor(shape.grid, shape.width, narrow.width, narrow.depth, heads)
+            trained = Student(encoder, predictor)
     of_encoder = {id(parameter) for parameter in encoder.parameters()}
     return tuple(
         Group(tuple(p.numel() for p in group["params"]), id(group["params"][0]) in of_encoder)
-        for group in parameter_groups(Student(encoder, predictor), weight_decay=0.0)
+        for group in parameter_groups(trained, weight_decay=0.0)
     )

@@ -5,9 +5,10 @@ from functools import cache
 
 import torch
 
-from fastjepa.masks import MultiBlockMasks
+from fastjepa.masks import MultiBlockMasks, RandomMasks
 
 STEPS_SAMPLED = 128  # of masks
+Sampler = MultiBlockMasks | RandomMasks
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class Tokens:
 
 
 @cache
-def draws_of(sampler: MultiBlockMasks, images: int) -> tuple[Seen, ...]:
+def draws_of(sampler: Sampler, images: int) -> tuple[Seen, ...]:
     """Steps of masks of so many images each. Cut to their minimum, the fewer they are, the more context."""
+    if isinstance(sampler, RandomMasks):
+        return (Seen(sampler.kept, sampler.patches - sampler.kept, asked=0, blocks=1),)
     draws = []
-    for step in range(STEPS_SAMPLED):
+    for step in range(1 if sampler.mode == "budget" else STEPS_SAMPLED):
         masks = sampler.sample(torch.arange(images) + step * images, step=step)
         assert masks.asked_rows is not None, "masks drawn on the CPU say which rows are asked for"
         blocks, _, target = masks.targets.shape
@@ -63,17 +66,17 @@ def draws_of(sampler: MultiBlockMasks, images: int) -> tuple[Seen, ...]:
     return tuple(draws)
 
 
-def seen_in(sampler: MultiBlockMasks, images: int) -> Seen:
+def seen_in(sampler: Sampler, images: int) -> Seen:
     """The mean over steps, by which a step takes its time."""
     draws = draws_of(sampler, images)
     return Seen(
         sum(each.context for each in draws) / len(draws),
         sum(each.target for each in draws) / len(draws),
         sum(each.asked for each in draws) / len(draws),
-        sampler.target_blocks,
+        draws[0].blocks,
     )
 
 
-def most_seen_in(sampler: MultiBlockMasks, images: int) -> Seen:
+def most_seen_in(sampler: Sampler, images: int) -> Seen:
     """The largest step, which has to fit into memory."""
     return max(draws_of(sampler, images), key=lambda each: each.blocks * (each.context + each.target))
