@@ -131,9 +131,14 @@ def _zero(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
 
 def is_single(config: Config, world: World) -> bool:
     """Whether training needs no DeepSpeed: one device, and nothing to be cut."""
+    return is_alone(config, world.size)
+
+
+def is_alone(config: Config, world_size: int) -> bool:
+    """`is_single` before there is a world."""
     # A section of its settings is for it to be used.
     stages = ("auto", 0) if not config.deepspeed else (0,)
-    return world.size == 1 and config.speed.zero_stage in stages
+    return world_size == 1 and config.speed.zero_stage in stages
 
 
 def preferred_kernels(config: Config) -> AbstractContextManager[None]:
