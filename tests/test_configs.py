@@ -22,6 +22,7 @@ from fastjepa.engine.images import open_images
 from fastjepa.engine.launch import is_alone, micro_batch
 from fastjepa.engine.speed import check_stage
 from fastjepa.objectives import JEPA
+from fastjepa.planning.plan import Device, make_plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -150,14 +151,15 @@ def test_every_recipe_has_every_variant() -> None:
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=name_of)
-def test_a_variant_gives_the_same_results(path: Path) -> None:
+def test_a_variant_gives_the_same_results_and_fits(path: Path) -> None:
     config, recipe = read(name_of(path)), read(path.stem)
     assert differences(config.results_part(), recipe.results_part()) == []
     assert config.run.name == path.stem, "the same folder, so that one goes on where the other stopped"
     gpus = GPUS[path.parent.name]
     check_stage(config, is_alone(config, gpus))
+    plan = make_plan(config, gpus, Device(80e9, 989e12, 0.35), IMAGENET, 220)
+    assert plan.configured is not None
+    assert plan.configured.fits
     comment = path.read_text().splitlines()[0]
-    at_a_time = micro_batch(config, gpus)
-    assert f"{at_a_time} images" in comment or (
-        at_a_time == config.optim.global_batch and "all images" in comment
-    )
+    at_a_time = plan.configured.images
+    assert f"{at_a_time} images" in comment or (plan.configured.accumulation == 1 and "all images" in comment)

@@ -20,7 +20,7 @@ LOWER_LAYERS = {
     "objectives": {"models", "masks", "fastjepa_kernels"},
     "evaluation": {"models", "data"},
     "config": set[str](),
-    "planning": {"engine", "objectives", "models", "masks", "config"},
+    "planning": {"engine", "objectives", "data", "models", "masks", "config"},
     "engine": {"objectives", "evaluation", "data", "models", "masks", "fastjepa_kernels", "config"},
 }
 COMMANDS = {"train", "cli", "commands", "interop", "probe", "report"}

@@ -104,7 +104,8 @@ def _groups_of(network: Network) -> tuple[Group, ...]:
     """As the engine forms them, of a model without memory."""
     shape, narrow, heads = network.shape, network.predictor, network.predictor_heads
     with torch.device("meta"):
-        encoder = VisionTransformer(shape)
+        # A mean and a deviation for each channel, which are no parameters.
+        encoder = VisionTransformer(shape, (0.0,) * shape.channels, (1.0,) * shape.channels)
         trained: nn.Module
         if network.is_mae:
             trained = MAE(encoder, MAEDecoder(shape, narrow.width, narrow.depth, heads))
