@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastjepa.train import main as train
 
             return train(given[1:], prog="fastjepa train")
+        if given[:1] == ["plan"]:  # so has this, for overrides before and after its options
+            from fastjepa.commands.plan import main as plan
+
+            return plan(given[1:])
         options = _parser().parse_args(given)
         status: int = options.do(options)
         return status
@@ -41,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastjepa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="pretrain an encoder, or resume; fastjepa train --help says more")
+    commands.add_parser(
+        "plan", help="what a run would take: memory, batch, hours, cores; plan --help says more"
+    )
     for command in (report, probe, export, checkpoint, data):
         command.add_to(commands)
     return parser

@@ -215,37 +215,76 @@ class Config:
         return part | {"speed": {"target_precision": own}, "deepspeed": deciding(whole["deepspeed"])}
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), needs_data: bool = True) -> Config:
     """Read a YAML file and apply `section.key=value` overrides, values in YAML syntax.
 
+    A file may name others as its `base`: its keys are laid over theirs, and those of a later one in a list
+    over those of an earlier.
+
+    Args:
+        path: of the file; None for the defaults.
+        overrides: laid over it, in order.
+        needs_data: refuse a configuration that does not say where its images are.
+
     Raises:
-        ConfigError: an unknown key (the nearest right name is given), a wrong type, or no such file.
+        ConfigError: an unknown key (the nearest right name is given), a wrong type, no such file or base, or
+            a file that is its own base.
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no valid YAML: {_in_one_line(error)}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} must hold sections (model:, optim:, …), got {type(loaded).__name__}")
-        tree = {section: {} if keys is None else keys for section, keys in (loaded or {}).items()}
+        tree = _read_file(Path(path))
         run = tree.setdefault("run", {})
         if isinstance(run, dict):
             run.setdefault("name", Path(path).stem)
     for override in overrides:
         _apply_override(tree, override)
     config: Config = _build(Config, tree, "")
-    _check(config)
+    _check(config, needs_data)
     return config
+
+
+def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a file, laid over those of its bases; `above` are the files that it is a base of."""
+    of_whom = f", the base of {above[-1]}" if above else ""
+    if path.resolve() in [each.resolve() for each in above]:
+        raise ConfigError(f"{path} is its own base, by way of {' and '.join(map(str, above))}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}{of_whom}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {_in_one_line(error)}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold sections (model:, optim:, …), got {type(loaded).__name__}")
+    own = loaded or {}
+    bases = _bases(own.pop("base", None), path)
+    own = {section: {} if keys is None else keys for section, keys in own.items()}
+    tree: dict[str, Any] = {}
+    for base in bases:
+        tree = merged(tree, _read_file(path.parent / base, (*above, path)))
+    return merged(tree, own)
+
+
+def _bases(named: Any, path: Path) -> list[str]:
+    names = [named] if isinstance(named, str) else [] if named is None else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"base in {path} must be the name of a file, or a list of them, got {named!r}")
+    return names
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `over` says instead, dictionaries in them key by key."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """A configuration from plain values, as `Config.to_dict` gives them."""
     config: Config = _build(Config, tree, "")
-    _check(config)
+    _check(config, needs_data=True)
     return config
 
 
@@ -350,7 +389,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, needs_data: bool) -> None:
     """What no single key shows."""
     model, optim, data = config.model, config.optim, config.data
     if model.size == "free" and (model.width is None or model.depth is None or model.heads is None):
@@ -362,9 +401,9 @@ def _check(config: Config) -> None:
     refused = refusal(config.deepspeed)
     if refused is not None:
         raise ConfigError(refused)
-    if data.name == "folder" and data.root is None:
+    if needs_data and data.name == "folder" and data.root is None:
         raise ConfigError("data.name folder needs data.root, the folder of images")
-    if data.name == "shards" and data.root is None:
+    if needs_data and data.name == "shards" and data.root is None:
         raise ConfigError(
             "data.name shards needs data.root, the folder or URL of indexed shards, or their index"
         )

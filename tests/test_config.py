@@ -139,6 +139,75 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
+def write_files(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+def test_a_file_is_laid_over_its_bases_and_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "fast.yaml").write_text(
+        "base: ../root.yaml\nspeed: {workers: 3}\noptim: {lr: 3, betas: [0.8, 0.9]}"
+    )
+    path = write_files(
+        tmp_path,
+        root="optim: {lr: 1, start_lr: 1, eps: 1}\ndeepspeed: {a: {b: 1, c: 1}}\nspeed: {workers: 1}",
+        other="optim: {lr: 2, start_lr: 2}\nrun:\n",
+        recipe="base: [other.yaml, parts/fast.yaml]\noptim: {eps: 4}\ndeepspeed: {a: {c: 4}}\nmodel:\n",
+    )
+    config = load_config(path, ["optim.eps=5"])
+    optim = config.optim
+    # Of root.yaml, which fast.yaml names, what it says goes before what other.yaml says.
+    assert (optim.lr, optim.start_lr, optim.eps, optim.betas) == (3.0, 1.0, 5.0, (0.8, 0.9))
+    assert (config.speed.workers, config.deepspeed) == (3, {"a": {"b": 1, "c": 4}})
+    assert config.run.name == "recipe"
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config, "what is printed needs no base"
+    assert load_config(write_files(tmp_path, recipe="base: other.yaml")).optim.start_lr == 2
+    assert load_config(write_files(tmp_path, recipe="base:\n")).optim == Config().optim
+
+
+def test_the_same_base_by_two_ways_is_no_cycle(tmp_path: Path) -> None:
+    path = write_files(
+        tmp_path,
+        root="speed: {workers: 7}",
+        one="base: root.yaml",
+        two="base: root.yaml",
+        recipe="base: [one.yaml, two.yaml]",
+    )
+    assert load_config(path).speed.workers == 7
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"recipe": "base: recipe.yaml"}, r"recipe\.yaml is its own base, by way of .*recipe\.yaml"),
+        (
+            {"recipe": "base: a.yaml", "a": "base: b.yaml", "b": "base: a.yaml"},
+            r"a\.yaml is its own base, by way of .*recipe\.yaml and .*a\.yaml and .*b\.yaml",
+        ),
+        (
+            {"recipe": "base: gone.yaml"},
+            r"cannot read the configuration .*gone\.yaml, the base of .*recipe\.yaml: No such file",
+        ),
+        ({"recipe": "base: a.yaml", "a": "optim: ["}, r"a\.yaml is no valid YAML"),
+        ({"recipe": "base: a.yaml", "a": "- 1"}, r"a\.yaml must hold sections"),
+        ({"recipe": "base: {a: b}"}, r"base in .*recipe\.yaml must be the name of a file, or a list of them"),
+        ({"recipe": "base: [1]"}, r"must be the name of a file, or a list of them, got \[1\]"),
+        ({"recipe": "base: a.yaml", "a": "optin: {}"}, "unknown key optin: did you mean optim"),
+    ],
+)
+def test_bases_that_cannot_be(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_files(tmp_path, **files))
+
+
+def test_who_only_plans_need_not_say_where_images_are() -> None:
+    assert load_config(None, ["data.name=folder"], needs_data=False).data.root is None
+    with pytest.raises(ConfigError, match=r"needs data\.root"):
+        load_config(None, ["data.name=folder"])
+
+
 def keys() -> list[tuple[str, str, Any]]:
     """Section, key and type of every value there is."""
     sections = typing.get_type_hints(Config)

@@ -32,6 +32,7 @@ LOWER_LAYERS = {
         "config",
         "signals",
     },
+    "planning": {"engine", "objectives", "data", "models", "masks", "config"},
 }
 COMMANDS = {"train", "cli", "commands", "interop", "probe", "report"}
 MAY_IMPORT = LOWER_LAYERS | {command: COMMANDS | {*LOWER_LAYERS, "fastjepa_kernels"} for command in COMMANDS}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 from bench.scale_model import picture, report
-from bench.scale_model.activations import Tokens
 from bench.scale_model.measured import RESULTS, ROOT, ROW, load
-from bench.scale_model.memory import DEFAULT, STAGES, Split
-from bench.scale_model.networks import most_seen_in, named_network
-from bench.scale_model.predict import Base, Options, base_of, memory_of, predict
+from bench.scale_model.networks import named_network, published_masks
+from bench.scale_model.predict import Base, Options, base_of, predict
 from bench.scale_model.report import Scaling
 from bench.scale_model.traffic import Cluster, Ring
+from fastjepa.planning.memory import DEFAULT, STAGES, Split, memory_of
+from fastjepa.planning.tokens import Tokens, most_seen_in
 
 # Size, pixels of a patch, and images of a GPU for weak scaling: those measured, half of huge's for giant.
 NETWORKS = (("base", 16, 128), ("large", 16, 128), ("huge", 14, 64), ("giant", 16, 32))
@@ -79,7 +79,7 @@ def _scaling(
 def _peak_over_measured(base: Base) -> float:
     """At the measured batch, of the largest masks that are sampled."""
     images = base.measured.batch
-    tokens = Tokens(images, most_seen_in(base.network, images))
+    tokens = Tokens(images, most_seen_in(published_masks(base.network), images))
     return memory_of(base.network, Split(0, 1, 0), tokens, checkpointed=False).peak / base.measured.peak_bytes
 
 

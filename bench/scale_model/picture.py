@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from bench.scale_model.memory import DEFAULT
 from bench.scale_model.predict import Prediction
 from bench.scale_model.report import SMALL, Scaling, find, gpu_counts
+from fastjepa.planning.memory import DEFAULT
 from fastjepa.report.figures import FAINT, INK, MUTED, to_png
 
 COLOURS = ("#17669b", "#b8432f", "#2f8f5b", "#8a5a9e")

@@ -8,22 +8,16 @@ The host's part is there because a run of several ranks replays no graph: it lau
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.scale_model.activations import (
-    Kept,
-    Tokens,
-    backward_bytes,
-    forward_bytes,
-    left_bytes,
-    target_bytes,
-)
 from bench.scale_model.measured import Measured
-from bench.scale_model.memory import Memory, Split, part, state, step
-from bench.scale_model.networks import Network, Seen, most_seen_in, seen_in
+from bench.scale_model.networks import published_masks
 from bench.scale_model.traffic import Behind, Cluster, Schedule, exposed_s, messages
 from fastjepa.engine.launch import bucket_elements
 from fastjepa.models import SIZES
 from fastjepa.models.flops import NO_GRADIENT, Parts, ijepa, useful
 from fastjepa.models.flops import Tokens as FlopTokens
+from fastjepa.planning.memory import Memory, Split, memory_of, part
+from fastjepa.planning.networks import Network
+from fastjepa.planning.tokens import Seen, Tokens, most_seen_in, seen_in
 
 # Bytes moved for each parameter that a rank has the state of: master, two moments and gradient read, the
 # first three and the weight written; the average besides, for each of the encoder's.
@@ -126,7 +120,7 @@ def base_of(network: Network, measured: Mapping[str, Measured]) -> Base:
     if network.name in measured:
         own = measured[network.name]
         return Base(network, own, True, own.kernels)
-    flop = image_flop(network, seen_in(network, 64))
+    flop = image_flop(network, seen_in(published_masks(network), 64))
     near = min(measured.values(), key=lambda each: abs(each.useful_flop - flop))
     return Base(network, near, False, near.kernels * _blocks(network.name) / _blocks(near.size))
 
@@ -145,20 +139,6 @@ def image_flop(network: Network, seen: Seen) -> float:
     return useful(parts_of(network, seen))
 
 
-def memory_of(network: Network, split: Split, tokens: Tokens, checkpointed: bool) -> Memory:
-    """Of a rank on a GPU. The hooks of ZeRO 3 keep blocks from being fused, so that they keep more."""
-    kept = Kept(remade=split.stage < 3, checkpointed=checkpointed)
-    block = network.block_parameters
-    outside = network.encoder_parameters - network.shape.depth * block
-    return Memory(
-        state(network.groups, split, block, outside),
-        step(network.groups, split),
-        forward_bytes(network, tokens, kept),
-        left_bytes(network, tokens, kept, split.bucket),
-        max(backward_bytes(network, tokens, kept), target_bytes(network, tokens) * checkpointed),
-    )
-
-
 def predict(base: Base, stage: int, gpus: int, batch: int, options: Options) -> Prediction:
     """A step of `batch` images on each of `gpus`, in as few micro-batches as memory allows."""
     network = base.network
@@ -170,9 +150,8 @@ def predict(base: Base, stage: int, gpus: int, batch: int, options: Options) -> 
     divisors = [each for each in range(1, most + 1) if batch % each == 0]
     for accumulation in divisors:
         images = batch // accumulation
-        memory = memory_of(
-            network, split, Tokens(images, most_seen_in(network, images)), options.checkpointed
-        )
+        tokens = Tokens(images, most_seen_in(published_masks(network), images))
+        memory = memory_of(network, split, tokens, options.checkpointed)
         if memory.peak <= room:
             break
     return _timed(base, split, images, accumulation, memory, memory.peak <= room, options)
@@ -182,7 +161,7 @@ def _timed(
     base: Base, split: Split, images: int, accumulation: int, memory: Memory, fits: bool, options: Options
 ) -> Prediction:
     network, gpus, measured = base.network, split.ranks, base.measured
-    seen = seen_in(network, images)
+    seen = seen_in(published_masks(network), images)
     compute_s = base.image_s(seen) * images
     windows = shares(network, seen)
     if options.checkpointed:
@@ -206,7 +185,7 @@ def _timed(
     update_s = _update_s(base, split, accumulation)
     step_s = accumulation * busy_s + update_s + exposed
     batch = images * accumulation
-    seen_alone = seen_in(network, measured.batch)
+    seen_alone = seen_in(published_masks(network), measured.batch)
     alone_s = base.image_s(seen_alone) + base.update_s / measured.batch
     alone = image_flop(network, seen_alone) / alone_s
     return Prediction(

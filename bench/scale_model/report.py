@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from bench.kernels.table import aligned
-from bench.scale_model.memory import DEFAULT, STAGES
 from bench.scale_model.predict import Base, Options, Prediction
+from fastjepa.planning.memory import DEFAULT, STAGES
 
 SMALL = 8  # images of a rank, under which nothing was measured that is like it
 
@@ -99,8 +99,8 @@ def memory_check(checks: Mapping[str, float]) -> str:
     found = ", ".join(f"ViT-{title} {ratio:.2f}" for title, ratio in checks.items())
     return (
         "Memory: of the largest masks of 128 steps, in tensors' bytes. On a CPU, states, activations and "
-        "peaks are within 5 % of what 1 and 2 real ranks hold at every stage, peaks at ZeRO 3 within 10 % "
-        "(tests/bench/test_scale_model.py). "
+        "peaks are within 5 % of what 1 and 2 real ranks hold at every stage, peaks at ZeRO 2 and 3 within "
+        "10 % (tests/planning/test_memory.py). "
         f"Over the peak measured on one GPU: {found}; there the allocator rounds, and CUDA graphs hold "
         "several shapes."
     )

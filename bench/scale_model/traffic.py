@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from bench.scale_model.memory import BF16, FALLBACK_BUCKET, Split, kept_whole, padded
-from bench.scale_model.networks import Group
+from fastjepa.planning.memory import BF16, FALLBACK_BUCKET, Split, kept_whole, padded
+from fastjepa.planning.networks import Group
 
 Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
 Ring = Literal["hierarchical", "flat"]

@@ -8,7 +8,7 @@ from fastjepa.data.order import GlobalOrder
 from fastjepa.data.transforms import Augmentation
 from fastjepa.data.views import Reading
 from fastjepa.engine.schedules import Schedule
-from fastjepa.masks import MaskSampler, MultiBlockMasks, RandomMasks
+from fastjepa.masks import MultiBlockMasks, RandomMasks
 from fastjepa.models import (
     SIZES,
     Init,
@@ -24,7 +24,7 @@ from fastjepa.objectives import JEPA, MAE
 
 def build_shape(config: Config) -> ViTShape:
     """The encoder's shape; a class token only for MAE."""
-    size, image = _size(config), config.data.image_size
+    size, image = build_size(config), config.data.image_size
     return ViTShape(
         image_size=(image, image),
         patch_size=config.model.patch_size,
@@ -37,7 +37,7 @@ def build_shape(config: Config) -> ViTShape:
     )
 
 
-def _size(config: Config) -> NamedSize:
+def build_size(config: Config) -> NamedSize:
     """The named size, with what the configuration sets instead."""
     model = config.model
     named = SIZES.get(model.size)
@@ -56,13 +56,13 @@ def _size(config: Config) -> NamedSize:
 
 def build_heads(config: Config) -> dict[str, int]:
     """The attention heads of each network, which its tensors do not show."""
-    size = _size(config)
+    size = build_size(config)
     return {"encoder": size.heads, "predictor": size.predictor_heads}
 
 
 def build_model(config: Config) -> JEPA | MAE:
     """A model with its initial weights, on the CPU, in fp32: the same on every rank."""
-    size = _size(config)
+    size = build_size(config)
     try:
         shape = build_shape(config)
         encoder = VisionTransformer(shape, config.data.mean, config.data.std)
@@ -85,7 +85,7 @@ def build_model(config: Config) -> JEPA | MAE:
     return MAE(encoder, head, config.masks.mask_ratio, config.objective.norm_pix_loss)
 
 
-def build_masks(config: Config) -> MaskSampler:
+def build_masks(config: Config) -> MultiBlockMasks | RandomMasks:
     """The sampler of the objective's masks."""
     masks = config.masks
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastjepa_kernels as fk
-from fastjepa.config import Config, ConfigError
+from fastjepa.config import Config, ConfigError, merged
 from fastjepa.engine.build import build_shape
 from fastjepa.engine.processes.world import HOST_TIMEOUT, World, start_group_of_one
 from fastjepa.engine.protocol import Engine, ZeroEngine
@@ -104,7 +104,7 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> d
     }
     if bf16 and stage > 0:
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(generated, config.deepspeed)
+    return merged(generated, config.deepspeed)
 
 
 def _zero(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
@@ -129,19 +129,16 @@ def _zero(config: Config, stage: int, on_gpu: bool) -> dict[str, Any]:
     return zero
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def is_single(config: Config, world: World) -> bool:
     """Whether training needs no DeepSpeed: one device, and nothing to be cut."""
+    return is_alone(config, world.size)
+
+
+def is_alone(config: Config, world_size: int) -> bool:
+    """`is_single` before there is a world."""
     # A section of its settings is for it to be used.
     stages = ("auto", 0) if not config.deepspeed else (0,)
-    return world.size == 1 and config.speed.zero_stage in stages
+    return world_size == 1 and config.speed.zero_stage in stages
 
 
 def preferred_kernels(config: Config) -> AbstractContextManager[None]:

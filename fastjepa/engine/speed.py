@@ -39,7 +39,7 @@ def check_speed(config: Config, world: World) -> None:
     micro_batch(config, world.size)
     _check_graph(config, world)
     _check_target(config, world)
-    _check_stage(config, world)
+    check_stage(config, is_single(config, world))
     if is_single(config, world) and config.deepspeed:
         raise ConfigError(
             "at speed.zero_stage 0 on one device nothing runs under DeepSpeed, and the deepspeed section "
@@ -85,9 +85,10 @@ def _check_graph(config: Config, world: World) -> None:
         )
 
 
-def _check_stage(config: Config, world: World) -> None:
+def check_stage(config: Config, is_alone: bool) -> None:
+    """Refuse what a ZeRO stage cannot do; `is_alone` as of `is_alone`."""
     speed, stage = config.speed, config.speed.zero_stage
-    if speed.offload_optimizer and (stage == 0 or is_single(config, world)):
+    if speed.offload_optimizer and (stage == 0 or is_alone):
         raise ConfigError(
             "speed.offload_optimizer keeps on the host what ZeRO cuts, and at stage 0 it cuts nothing: use "
             "speed.zero_stage 1, 2 or 3, or leave it out"

@@ -1,18 +1,27 @@
 """Bytes of a rank under each ZeRO stage, cut and padded as DeepSpeed 0.19.8 does it. Training in bf16.
 
-What DeepSpeed keeps was read in its source and is held to a real run by tests/bench/test_scale_model.py:
+What DeepSpeed keeps was read in its source and is held to a real run by tests/planning/test_memory.py:
 
-    stage 0   bf16 gradients while a step lasts, fp32 copies of them all for the update
+    stage 0   bf16 gradients while a step lasts, fp32 copies of them all for the update; without DeepSpeed
+              they are always there, and their fp32 sum over several micro-batches too
     stage 1   (its bf16 optimizer) whole fp32 gradients, always, and bf16 ones while a step lasts
-    stage 2   this rank's part of the fp32 gradients while a step lasts
+    stage 2   this rank's part of the fp32 gradients while a step lasts, from its first micro-batch on
     stage 3   this rank's part of the fp32 gradients, always, and a bucket
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from bench.scale_model.networks import Group
 from fastjepa.engine.single import ALIGNED
+from fastjepa.planning.activations import (
+    Kept,
+    backward_bytes,
+    forward_bytes,
+    left_bytes,
+    target_bytes,
+)
+from fastjepa.planning.networks import Group, Network
+from fastjepa.planning.tokens import Tokens
 
 BF16, FP32 = 2, 4  # bytes
 STAGES = (0, 1, 2, 3)
@@ -31,6 +40,7 @@ class Split:
         bucket: elements that are reduced together, as the engine asks DeepSpeed for.
         reuse: elements of the student within whose use ZeRO 3 keeps a gathered weight for its next use.
         on_gpu: gradients are reduced while others are computed, in a second bucket, and norms need no copies.
+        accumulates: gradients of several micro-batches are summed, in fp32.
     """
 
     stage: int
@@ -38,6 +48,7 @@ class Split:
     bucket: int
     reuse: int = 0
     on_gpu: bool = True
+    accumulates: bool = False
 
     @property
     def is_alone(self) -> bool:
@@ -73,6 +84,7 @@ class Step:
         update: what reducing or the update itself has in hand.
         is_early: that begins with the first bucket, when most activations are there; else it is after the
             last.
+        is_carried: the gradients are there already when the backward pass of the last micro-batch begins.
     """
 
     gradients: float
@@ -80,6 +92,7 @@ class Step:
     gathered: float
     update: float
     is_early: bool = False
+    is_carried: bool = False
 
 
 def padded(group: Group, stage: int, ranks: int) -> int:
@@ -110,7 +123,8 @@ def state(groups: Sequence[Group], split: Split, block: int, outside: int) -> St
     mine = sum(part(group, stage, ranks) for group in groups)
     of_encoder = [group for group in groups if group.is_encoder]
     target, shadow = (sum(count(group, stage, ranks) for group in of_encoder) for count in (padded, part))
-    gradients = {0: BF16 * whole * split.is_alone, 1: FP32 * whole, 2: 0, 3: FP32 * mine}[stage]
+    alone = (BF16 + FP32 * split.accumulates) * whole * split.is_alone
+    gradients = {0: alone, 1: FP32 * whole, 2: 0, 3: FP32 * mine}[stage]
     buffers = 0.0
     if stage == 3:  # of the target encoder: parts, parts of all ranks, and whole, for two blocks
         buffers = BF16 * (split.bucket + (2 + 1 / ranks) * (2 * block + outside))
@@ -136,14 +150,15 @@ def step(groups: Sequence[Group], split: Split) -> Step:
         case 0 if (
             split.is_alone
         ):  # autograd's own, before they are copied into the flat ones; or for the norm
-            return Step(0.0, 0.0, 0.0, (BF16 if split.on_gpu else FP32) * whole)
+            on_cpu = FP32 + BF16 * split.accumulates
+            return Step(0.0, 0.0, 0.0, (BF16 if split.on_gpu else on_cpu) * whole)
         case 0:
             return Step(BF16 * whole, 0.0, 0.0, max(FP32 * whole, BF16 * flat))
         case 1:  # flattened in fp32, and cast
-            return Step(BF16 * whole, 0.0, 0.0, (FP32 + BF16) * flat)
+            return Step(BF16 * whole, 0.0, 0.0, (FP32 + BF16) * flat, is_carried=split.accumulates)
         case 2:
             buckets = bucket * (2 if split.on_gpu else 1)
-            return Step(FP32 * mine, buckets, 0.0, buckets + bucket, is_early=True)
+            return Step(FP32 * mine, buckets, 0.0, buckets + bucket, True, split.accumulates)
         case 3:
             return Step(0.0, bucket, BF16 * gathered(whole, split), 0.0)
     raise ValueError(f"ZeRO has stages 0 to 3, got {stage}")
@@ -185,12 +200,50 @@ class Memory:
     working: float
 
     @property
+    def begin(self) -> float:
+        """Beside the state, as the backward pass begins."""
+        carried = self.step.gradients * self.step.is_carried
+        return self.activations + self.working + self.step.buckets + self.step.gathered + carried
+
+    @property
+    def end(self) -> float:
+        """Beside the state, once its first bucket is sent, or in the update."""
+        return self.left * self.step.is_early + self.step.gradients + self.step.update
+
+    @property
     def peak(self) -> float:
-        """The most at any time: as the backward pass begins, once its first bucket is sent, or in the
-        update."""
-        begin = self.activations + self.working + self.step.buckets + self.step.gathered
-        update = self.step.gradients + self.step.update
-        return self.state.total + max(begin, self.left * self.step.is_early + update)
+        """The most at any time."""
+        return self.state.total + max(self.begin, self.end)
+
+
+def memory_of(
+    network: Network, split: Split, tokens: Tokens, checkpointed: bool, fused: bool = True
+) -> Memory:
+    """Of a rank on a GPU. The hooks of ZeRO 3 keep blocks from being fused, so that they keep more.
+
+    Args:
+        network: with its objective.
+        split: how its state is cut.
+        tokens: of a micro-batch.
+        checkpointed: as `speed.checkpoint_blocks`.
+        fused: as `speed.fused_blocks`.
+    """
+    kept = Kept(remade=fused and split.stage < 3, checkpointed=checkpointed)
+    working = backward_bytes(network, tokens, kept)
+    if network.is_mae:
+        between = replace(state(network.groups, split, 0, 0), shadow=0.0, target=0.0)
+    else:
+        block = network.block_parameters
+        outside = network.encoder_parameters - network.shape.depth * block
+        between = state(network.groups, split, block, outside)
+        working = max(working, target_bytes(network, tokens) * checkpointed)
+    return Memory(
+        between,
+        step(network.groups, split),
+        forward_bytes(network, tokens, kept),
+        left_bytes(network, tokens, kept, split.bucket),
+        working,
+    )
 
 
 def _up(numel: int, multiple: int) -> int:

@@ -8,8 +8,10 @@ modules run.
 
 from dataclasses import dataclass
 
-from bench.scale_model.networks import Network, Seen
+from fastjepa.planning.networks import Network
+from fastjepa.planning.tokens import Tokens
 
+FULL = 4  # bytes of fp32
 STATISTIC = 4  # bytes: means, reciprocal deviations and the attention's log-sum-exp are fp32
 NUMBER = 2  # bytes of bf16
 INDEX = 8  # bytes of an int64
@@ -28,29 +30,6 @@ class Kept:
 
     remade: bool = True
     checkpointed: bool = False
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Of one forward pass over `images` of a rank."""
-
-    images: int
-    seen: Seen
-
-    @property
-    def context(self) -> float:
-        """Rows of the context encoder, B K."""
-        return self.images * self.seen.context
-
-    @property
-    def asked(self) -> float:
-        """Predicted rows, M B P."""
-        return self.images * self.seen.blocks * self.seen.target
-
-    @property
-    def stream(self) -> float:
-        """Rows of the predictor: context and block, for each of M blocks."""
-        return self.seen.blocks * self.context + self.asked
 
 
 def block_bytes(width: int, heads: int, ratio: float, rows: float, after: float, kept: Kept) -> float:
@@ -85,10 +64,15 @@ def norm_and_linear_bytes(width: int, rows: float) -> float:
     return rows * (2 * NUMBER * width + 2 * STATISTIC)
 
 
+def encoder_rows(network: Network, tokens: Tokens) -> float:
+    """Of the context encoder: with a class token for each image, if there is one."""
+    return tokens.context + tokens.images * network.shape.class_token
+
+
 def encoder_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
     """Of the context encoder, with its patches."""
-    shape, rows = network.shape, tokens.context
-    pixels = NUMBER * rows * shape.channels * shape.patch_size**2
+    shape, rows = network.shape, encoder_rows(network, tokens)
+    pixels = NUMBER * tokens.context * network.patch_pixels
     blocks = stack_bytes(shape.width, shape.heads, shape.mlp_ratio, shape.depth, rows, rows, kept)
     return pixels + blocks + norm_and_linear_bytes(shape.width, rows)
 
@@ -111,9 +95,27 @@ def predictor_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
     return blocks + norm_and_linear_bytes(narrow.width, asked) + loss + INDEX * (rows + 3 * asked)
 
 
+def decoder_rows(network: Network, tokens: Tokens) -> int:
+    """Of MAE's decoder: all patches of each image and its class token."""
+    return tokens.images * (network.patches + 1)
+
+
+def decoder_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
+    """Of MAE's decoder and the loss, which sees hidden patches alone and in fp32."""
+    narrow, rows = network.predictor, decoder_rows(network, tokens)
+    blocks = stack_bytes(narrow.width, network.predictor_heads, NARROW_RATIO, narrow.depth, rows, rows, kept)
+    # Of every patch the prediction, and the decoder's output once more without the class tokens; of hidden
+    # ones the prediction that was gathered, what it is compared with, and their squares: mse_loss resizes its
+    # result to a scalar and keeps the memory.
+    of_patches = NUMBER * (network.patch_pixels + narrow.width) * tokens.images * network.patches
+    loss = 3 * FULL * network.patch_pixels * tokens.asked
+    return blocks + norm_and_linear_bytes(narrow.width, rows) + of_patches + loss
+
+
 def forward_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
     """Alive at the end of the forward pass, of which the backward pass frees all but the prediction."""
-    return encoder_bytes(network, tokens, kept) + predictor_bytes(network, tokens, kept)
+    head = decoder_bytes if network.is_mae else predictor_bytes
+    return encoder_bytes(network, tokens, kept) + head(network, tokens, kept)
 
 
 def left_bytes(network: Network, tokens: Tokens, kept: Kept, bucket: int) -> float:
@@ -136,9 +138,10 @@ def backward_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
         return NUMBER * width * rows * (4 + ratio + again) + inside
 
     shape, narrow = network.shape, network.predictor
+    stream = decoder_rows(network, tokens) if network.is_mae else tokens.stream
     return max(
-        block(shape.width, shape.heads, shape.mlp_ratio, tokens.context),
-        block(narrow.width, network.predictor_heads, NARROW_RATIO, tokens.stream),
+        block(shape.width, shape.heads, shape.mlp_ratio, encoder_rows(network, tokens)),
+        block(narrow.width, network.predictor_heads, NARROW_RATIO, stream),
     )
 
 

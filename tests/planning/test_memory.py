@@ -1,4 +1,4 @@
-"""The scale model against what a real engine holds, and its arithmetic against what must always be so.
+"""The memory of a step against what a real engine holds.
 
 The worker processes run this file as a script: real gloo ranks under real DeepSpeed, on the CPU.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.scale_model.activations import Kept, Tokens, backward_bytes, forward_bytes, left_bytes
-from bench.scale_model.memory import Memory, Split, state, step
-from bench.scale_model.networks import Network, Seen
 from fastjepa.config import Config, load_config
 from fastjepa.data.loader import Batch
 from fastjepa.engine.build import build_masks, build_model
@@ -28,17 +25,15 @@ from fastjepa.engine.launch import bucket_elements
 from fastjepa.engine.learner import start_learner
 from fastjepa.engine.processes.world import World, join_world, leave_world
 from fastjepa.engine.schedules import Rates
-from fastjepa.models import ViTShape
-from fastjepa.models.flops import Narrow
+from fastjepa.planning.memory import Memory, Split, memory_of
+from fastjepa.planning.networks import network_of
+from fastjepa.planning.tokens import Seen, Tokens
 from fastjepa_kernels import block
 from tests.ranks import run_ranks
 
 IMAGES, PIXELS = 4, 160  # of a rank's step, and on a side
 WIDTH = 192
-# 6 million parameters, so that models are most of what there is; deeper than what ZeRO 3 may keep gathered.
-NETWORK = Network("toy", ViTShape((PIXELS, PIXELS), 16, WIDTH, 12, 3), Narrow(96, 4), 3)
-
-
+Objective = Literal["jepa", "mae"]
 BUCKET = bucket_elements(WIDTH)
 
 
@@ -49,6 +44,8 @@ class Case:
     remade: bool = False  # as on a GPU
     checkpointed: bool = False
     reuse: int = BUCKET
+    accumulation: int = 1
+    objective: Objective = "jepa"
 
     @property
     def name(self) -> str:
@@ -56,7 +53,7 @@ class Case:
 
     @property
     def split(self) -> Split:
-        return Split(self.stage, self.ranks, BUCKET, self.reuse, on_gpu=False)
+        return Split(self.stage, self.ranks, BUCKET, self.reuse, False, self.accumulation > 1)
 
 
 CASES = [
@@ -69,6 +66,13 @@ CASES = [
     Case(2, 2, remade=True, checkpointed=True),
     Case(2, 3, remade=True),  # whose hooks keep blocks from being fused
     Case(2, 3, reuse=1_000_000_000),  # DeepSpeed's own: all weights stay
+    Case(1, 0, remade=True, accumulation=2),
+    Case(2, 1, remade=True, accumulation=2),
+    Case(2, 2, remade=True, accumulation=2),
+    Case(1, 0, remade=True, objective="mae"),
+    Case(2, 2, objective="mae"),
+    Case(1, 0, checkpointed=True, objective="mae"),
+    Case(2, 3, objective="mae"),
 ]
 
 
@@ -92,13 +96,17 @@ class Held:
 def config_of(case: Case) -> Config:
     key = "deepspeed.zero_optimization.stage3_max_reuse_distance"
     reuse = [f"{key}={case.reuse}"] if case.reuse != BUCKET else []
+    # 6 million parameters, so that they are most of what there is; deeper than what ZeRO 3 may keep gathered.
     return load_config(
         None,
         [
             "model.size=free", f"model.width={WIDTH}", "model.depth=12", "model.heads=3",
             "model.patch_size=16", "model.predictor_width=96", "model.predictor_depth=4",
             "model.predictor_heads=3", "masks.mode=budget", f"data.image_size={PIXELS}",
-            f"optim.global_batch={IMAGES * case.ranks}", "optim.epochs=null", "optim.steps=10",
+            "model.decoder_width=96", "model.decoder_depth=4", "model.decoder_heads=3",
+            f"objective.name={case.objective}", f"speed.accumulation={case.accumulation}",
+            f"optim.global_batch={IMAGES * case.ranks * case.accumulation}", "optim.epochs=null",
+            "optim.steps=10",
             "optim.precision=bf16", f"speed.zero_stage={case.stage}", "speed.device=cpu", "speed.workers=0",
             f"speed.checkpoint_blocks={str(case.checkpointed).lower()}", *reuse,
         ],
@@ -165,20 +173,21 @@ def hold(case: Case, world: World) -> Held:
     gc.collect()
     gc.freeze()  # what there is, which is much: modules, and what is left of the cases before
     learner = start_learner(build_model(config), config, world)
-    learner.step([batch], rates)
+    learner.step([batch] * case.accumulation, rates)
     between = bytes_of_tensors()
     engine: Any = learner.engine
     engine.backward = marking(engine.backward)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         mark("begin")
-        learner.step([batch], rates)
+        learner.step([batch] * case.accumulation, rates)
         mark("end")
-    (_, begin, _), (_, backward, forward_peak), (_, _, peak) = allocated(run)
-    assert batch.masks.asked_rows is not None
-    seen = Seen(
-        batch.masks.context.shape[1], batch.masks.targets.shape[2], len(batch.masks.asked_rows) / IMAGES
-    )
-    return Held(between, backward - begin, between + max(peak, forward_peak) - begin, seen)
+    (_, begin, _), *marks = allocated(run)
+    _, backward, _ = marks[-2]
+    peak = max(most for _, _, most in marks)
+    blocks, _, target = batch.masks.targets.shape
+    asked = 0 if batch.masks.asked_rows is None else len(batch.masks.asked_rows)
+    seen = Seen(batch.masks.context.shape[1], target, asked / IMAGES, blocks)
+    return Held(between, backward - begin, between + peak - begin, seen)
 
 
 def run_worker(ranks: int, out: Path) -> None:
@@ -210,23 +219,15 @@ STATE_WITHIN, WITHIN = 0.01, 0.05  # of what is held; positions and layouts are 
 
 
 def predicted(case: Case, seen: Seen) -> Memory:
-    tokens, kept = Tokens(IMAGES, seen), Kept(case.remade and case.stage < 3, case.checkpointed)
-    groups, block_numel = NETWORK.groups, NETWORK.block_parameters
-    outside = NETWORK.encoder_parameters - NETWORK.shape.depth * block_numel
-    return Memory(
-        state(groups, case.split, block_numel, outside),
-        step(groups, case.split),
-        forward_bytes(NETWORK, tokens, kept),
-        left_bytes(NETWORK, tokens, kept, case.split.bucket),
-        backward_bytes(NETWORK, tokens, kept),
-    )
+    network = network_of(config_of(case))
+    return memory_of(network, case.split, Tokens(IMAGES, seen), case.checkpointed, fused=case.remade)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_memory_is_that_of_a_real_run(held: Callable[[Case], Held], case: Case) -> None:
     found = held(case)
     memory = predicted(case, found.seen)
-    kept = memory.activations + memory.step.gathered
+    kept = memory.activations + memory.step.gathered + memory.step.gradients * memory.step.is_carried
     ratios = memory.state.total / found.state, kept / found.activations, memory.peak / found.peak
     print(
         f"{case.name}: predicted over held: state {ratios[0]:.4f}, activations {ratios[1]:.4f}, "
@@ -234,8 +235,9 @@ def test_memory_is_that_of_a_real_run(held: Callable[[Case], Held], case: Case) 
     )
     assert abs(ratios[0] - 1) < STATE_WITHIN, ratios
     assert abs(ratios[1] - 1) < WITHIN, ratios
-    # At stage 3 gloo's threads have, by chance, up to two gathered blocks a while longer.
-    assert abs(ratios[2] - 1) < (2 * WITHIN if case.stage == 3 else WITHIN), ratios
+    # Gloo's threads have, by chance, a bucket or up to two gathered blocks a while longer.
+    sends_meanwhile = case.stage == 3 or (case.stage == 2 and case.ranks > 1)
+    assert abs(ratios[2] - 1) < (2 * WITHIN if sends_meanwhile else WITHIN), ratios
 
 
 if __name__ == "__main__":
