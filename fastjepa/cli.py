@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fastjepa import __version__
-from fastjepa.commands import checkpoint, data, doctor, export, probe, report
+from fastjepa.commands import checkpoint, data, doctor, export, probe, report, track
 from fastjepa.commands.refusal import refuse
 
 EXPORT_PACKAGES = {"onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"}
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastjepa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", help="pretrain an encoder, or resume; fastjepa train --help says more")
-    for command in (doctor, report, probe, export, checkpoint, data):
+    for command in (doctor, report, probe, export, checkpoint, data, track):
         command.add_to(commands)
     return parser
 

@@ -22,6 +22,7 @@ from fastjepa.engine.images import RunImages, open_images
 from fastjepa.engine.launch import deepspeed_config, micro_batch
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.speed import check_speed
+from fastjepa.engine.tracking import check_tracking
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ def try_config(config: Config, ranks: int, device: torch.device) -> Asked:
             steps = steps if schedule is None else schedule.steps
     world = World(0, ranks, device, None)
     attempt(lambda: check_speed(config, world))
+    attempt(lambda: check_tracking(config.run.track))
     if not findings:  # the next would say the same again
         attempt(lambda: deepspeed_config(config, ranks))
     if not findings and images is not None:

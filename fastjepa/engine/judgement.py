@@ -20,6 +20,7 @@ from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.processes.world import World
+from fastjepa.engine.tracking import Tracking
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
@@ -38,6 +39,7 @@ class Judgement:
     Attributes:
         should_stop: whether the run has been told to.
         summary: what report/summary.json holds.
+        tracking: sends rows on.
         disk: knows what cannot be written.
     """
 
@@ -49,6 +51,7 @@ class Judgement:
     masks: MaskSampler
     metrics: MetricsFile
     should_stop: Callable[[], bool]
+    tracking: Tracking
     summary: dict[str, Any] = field(default_factory=dict)
     _watch: CollapseWatch = field(default_factory=CollapseWatch)
 
@@ -142,7 +145,7 @@ class Judgement:
             (self.console.say if warning is None else self.console.warn)(said)
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
-        """A row of metrics.jsonl."""
+        """A row of metrics.jsonl, and for those who track the run."""
         # JSON has no infinity.
         finite = {k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)}
         self.disk.attempt(
@@ -150,6 +153,7 @@ class Judgement:
             lambda: self.metrics.write(finite),
             "training goes on without it, and its rows wait until it can be",
         )
+        self.tracking.send(finite)
 
     def _write_verdict(self, verdict: Verdict, position: Position) -> None:
         self.write({"step": position.step, "images": position.images_seen, **verdict.as_metrics()})
