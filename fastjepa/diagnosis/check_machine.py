@@ -22,15 +22,15 @@ def check_files(host: Host, wants: Wants | None) -> Finding:
     for_whom = f"{workers} loader workers" + (f" in each of {ranks} ranks" if ranks > 1 else "")
     what = f"{limit:,} allowed (ulimit {flag})"
     if limit < needed:
-        # What is counted for libraries and shards is seldom used up.
-        level: Finding = Finding(
-            "fail" if limit < needed - BESIDES // 2 else "warn",
+        # What is counted for libraries and shards is seldom used up, but the trainer refuses ranks too many.
+        is_refused = ranks > 1 and limit < files_needed(ranks)
+        where = ", as root before the launcher" if ranks > 1 else ", or lower speed.workers"
+        return Finding(
+            "fail" if is_refused or limit < needed - BESIDES // 2 else "warn",
             "open files",
             f"{what}, and {for_whom} may need {needed:,}",
-            f"ulimit {flag} {needed}"
-            + (", as root before the launcher" if ranks > 1 else ", or lower speed.workers"),
+            f"ulimit {flag} {needed}{where}",
         )
-        return level
     most = (
         ""
         if host.hard_files is None

@@ -41,7 +41,7 @@ def test_files_of_workers() -> None:
 
 
 def test_files_of_ranks() -> None:
-    host = replace(HOST, hard_files=400)
+    host = replace(HOST, hard_files=files_needed(64) - 1)  # which the trainer refuses
     finding = check.check_files(host, replace(WANTS, ranks=64, workers=0))
     assert finding.level == "fail"
     assert f"may need {files_needed(64)}" in finding.what
