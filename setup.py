@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent
 
 TRAIN = ["deepspeed>=0.19.8", "ninja", "pyyaml", "pillow", "rich", "matplotlib"]
 DATA = ["fsspec", "aiohttp"]  # shards behind http(s)://; s3:// also needs s3fs, gs:// gcsfs
+TRACKING = ["tensorboard>=2.20", "wandb>=0.27"]
 BENCH = ["pytest>=8", "pytest-benchmark"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript", "timm>=1.0.31", "torchvision", "transformers>=5.18"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 DEV = [
     *DATA,
+    *TRACKING,
     "build",
     "hypothesis",
     "mypy",
@@ -148,6 +150,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "data": DATA,
+        "tracking": TRACKING,
         "bench": BENCH,
         "export": EXPORT,
         "docs": DOCS,

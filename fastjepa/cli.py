@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fastjepa import __version__
-from fastjepa.commands import checkpoint, data, export, probe, report
+from fastjepa.commands import checkpoint, data, doctor, export, probe, report, track
 from fastjepa.commands.refusal import refuse
 
 EXPORT_PACKAGES = {"onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"}
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "plan", help="what a run would take: memory, batch, hours, cores; plan --help says more"
     )
-    for command in (report, probe, export, checkpoint, data):
+    for command in (doctor, report, probe, export, checkpoint, data, track):
         command.add_to(commands)
     return parser
 

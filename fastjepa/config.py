@@ -169,6 +169,7 @@ class RunConfig:
     seed: Seed = 0
     init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
     report: bool = True  # written at the end; `fastjepa report` writes it at any time
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # what rows of metrics.jsonl are sent to as well
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps
     keep_last: Count = 2  # checkpoints
@@ -368,7 +369,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         wanted = None if arguments[-1] is Ellipsis else len(arguments)
         if not isinstance(value, list | tuple) or (wanted is not None and len(value) != wanted):
             count = "" if wanted is None else f"{wanted} "
-            raise ConfigError(f"{name} must be a list of {count}numbers, got {value!r}")
+            of_what = "names" if typing.get_origin(arguments[0]) is Literal else "numbers"
+            raise ConfigError(f"{name} must be a list of {count}{of_what}, got {value!r}")
         return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):

@@ -55,6 +55,7 @@ from fastjepa.engine.rollback import heed_spike
 from fastjepa.engine.run import Run
 from fastjepa.engine.schedules import is_due
 from fastjepa.engine.speed import check_speed
+from fastjepa.engine.tracking import Tracking, check_tracking
 from fastjepa.interop import load_initial_weights
 
 # Errors that the person at the keyboard can do something about: the message is all there is to say.
@@ -114,6 +115,7 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
     schedule = build_schedule(config, order.steps_per_epoch)
     check_speed(config, world)
     deepspeed_config(config, world.size)
+    world.on_main(lambda: check_tracking(config.run.track))
     model, folder = build_model(config), folder_of(config)
     if config.run.init_from is not None and not list_checkpoints(folder.checkpoints):
         load_initial_weights(model, config.run.init_from)
@@ -122,8 +124,14 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
     if world.is_main:
         mark_stopped(folder.path, None)
 
-    with RunConsole(world.is_main, title=config.run.name) as console, preferred_kernels(config):
-        run = Run(config, world, folder, console, images, masks, augmentation, order, schedule, stop)
+    with (
+        RunConsole(world.is_main, title=config.run.name) as console,
+        Tracking(config.run.track if world.is_main else (), folder, config) as tracking,
+        preferred_kernels(config),
+    ):
+        run = Run(
+            config, world, folder, console, images, masks, augmentation, order, schedule, stop, tracking
+        )
         run.judge_baselines(model)
         learner = start_learner(model, config, world)
         console.say(how_it_runs(learner, config, world))

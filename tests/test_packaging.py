@@ -127,6 +127,7 @@ def test_metadata(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {
         "train",
         "data",
+        "tracking",
         "bench",
         "export",
         "docs",

@@ -21,6 +21,7 @@ from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.engine.processes.world import World
+from fastjepa.engine.tracking import Tracking
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
@@ -39,6 +40,7 @@ class Judgement:
     Attributes:
         should_stop: whether the run has been told to.
         summary: what report/summary.json holds.
+        tracking: sends rows on.
         disk: knows what cannot be written.
     """
 
@@ -50,6 +52,7 @@ class Judgement:
     masks: MaskSampler
     metrics: MetricsFile
     should_stop: Callable[[], bool]
+    tracking: Tracking
     summary: dict[str, Any] = field(default_factory=dict)
     _watch: CollapseWatch = field(default_factory=CollapseWatch)
 
@@ -153,7 +156,7 @@ class Judgement:
             (self.console.say if warning is None else self.console.warn)(said)
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
-        """A row of metrics.jsonl."""
+        """A row of metrics.jsonl, and for those who track the run."""
         # JSON has no infinity.
         finite = {k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)}
         self.disk.attempt(
@@ -161,6 +164,7 @@ class Judgement:
             lambda: self.metrics.write(finite),
             "training goes on without it, and its rows wait until it can be",
         )
+        self.tracking.send(finite)
 
     def _write_verdict(self, verdict: Verdict, position: Position) -> None:
         self.write({"step": position.step, "images": position.images_seen, **verdict.as_metrics()})

@@ -66,6 +66,15 @@ class MetricsFile:
         del self._rows[:-1]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file, but for a torn one at its end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) >= 0]
+
+
 def _step_of(line: bytes) -> int:
     """-1 where there is none: the last line of a killed run may be torn."""
     try:

@@ -40,6 +40,7 @@ from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule, is_due
 from fastjepa.engine.spikes import Spike, seen_within
+from fastjepa.engine.tracking import Tracking
 from fastjepa.masks import MaskSampler
 from fastjepa.objectives import JEPA, MAE, Step
 
@@ -50,6 +51,7 @@ class Run:
 
     Attributes:
         stop: whether it has been told to stop, which breaks off judgements and waits for data.
+        tracking: sends rows on, from rank 0.
         position: how far it is.
         unreadable: paths of the training images that this rank had to skip.
         saved_step: of the newest checkpoint that was written or resumed from; 0 before there is one.
@@ -65,6 +67,7 @@ class Run:
     order: GlobalOrder
     schedule: Schedule
     stop: StopRequest
+    tracking: Tracking
     clock: StepClock = field(default_factory=StepClock)
     unreadable: set[str] = field(default_factory=set)
     saved_step: int = 0
@@ -97,6 +100,7 @@ class Run:
             self.masks,
             self.metrics,
             self.stop.is_made,
+            self.tracking,
         )
 
     def judge_baselines(self, model: JEPA | MAE) -> None:
@@ -152,6 +156,7 @@ class Run:
         self.world.on_main(
             lambda: self.judgement.disk.attempt(path, lambda: self.metrics.cut_after(step), otherwise)
         )
+        self.tracking.cut_after(step)
 
     def _newest_good(self) -> tuple[Path | None, list[str]]:
         found, damaged = newest_good(self.folder.checkpoints)

@@ -5,12 +5,17 @@ from fastjepa.config import ConfigError
 # Of rank 0 for each rank: the store, the watch, and gloo's group of all ranks, of the hosts and of the saver.
 # The others have no more of them than gloo's.
 _PER_RANK = 5
-_BESIDES = 256  # shards, loader workers and their pipes, libraries
+BESIDES = 256  # shards, loader workers and their pipes, libraries
 
 
 def files_needed(size: int) -> int:
     """By rank 0 of so many."""
-    return _PER_RANK * size + _BESIDES
+    return _PER_RANK * size + BESIDES
+
+
+def most_ranks(files: int) -> int:
+    """Of a run whose rank 0 may have so many open."""
+    return max(1, (files - BESIDES) // _PER_RANK)
 
 
 def allow_files(size: int) -> None:
