@@ -23,7 +23,7 @@ from fastjepa.engine.metrics import read_rows
 Name = Literal["tensorboard", "wandb"]
 Row = Mapping[str, float | int | str]
 
-PATIENCE_S = 60.0  # at the end of a run, for what was not sent yet
+PATIENCE_S = 20.0  # at the end of a run, for what was not sent yet: schedulers give it 30 to stop
 
 _log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """See the rest sent, for a minute at most, and not if someone will not wait."""
+        """See the rest sent, for PATIENCE_S at most, and not if someone will not wait."""
         if not self._thread.is_alive():
             return
         self._queue.put(None)
