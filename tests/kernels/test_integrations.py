@@ -99,6 +99,7 @@ def train_two_steps(model: nn.Module, images: Tensor) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @each_library
 def test_two_steps_of_training_agree(packed_calls: PackedCalls, library: Library, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)  # of some draws a gradient is so near 0 that AdamW makes a step of its rounding
     plain = library.build().to(dtype).train()
     patched = copy.deepcopy(plain)
     library.patch(patched)

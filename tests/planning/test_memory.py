@@ -6,6 +6,7 @@ The worker processes run this file as a script: real gloo ranks under real DeepS
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -138,6 +139,7 @@ def mark(name: str) -> None:
 
 def marking(backward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     def marked(loss: Tensor) -> Any:
+        time.sleep(0.3)  # gloo's threads let go of what they have sent a little later
         mark("backward")
         return backward(loss)
 
