@@ -6,7 +6,6 @@ The worker processes run this file as a script: real gloo ranks under real DeepS
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -139,7 +138,6 @@ def mark(name: str) -> None:
 
 def marking(backward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     def marked(loss: Tensor) -> Any:
-        time.sleep(0.3)  # gloo's threads let go of what they have sent a little later
         mark("backward")
         return backward(loss)
 
@@ -165,7 +163,11 @@ def allocated(run: profile) -> list[tuple[str, int, int]]:
 
 
 def hold(case: Case, world: World) -> Held:
-    """Train two steps, the second of them watched."""
+    """Train a step, and then watch others.
+
+    The profiler does not hear of what gloo's threads free, where by chance they are the last to hold it: it
+    may say too much. The least of what several steps are said to hold is what they hold.
+    """
     config = config_of(case)
     sampler = build_masks(config)
     index = torch.arange(IMAGES)
@@ -179,17 +181,20 @@ def hold(case: Case, world: World) -> Held:
     between = bytes_of_tensors()
     engine: Any = learner.engine
     engine.backward = marking(engine.backward)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        mark("begin")
-        learner.step([batch] * case.accumulation, rates)
-        mark("end")
-    (_, begin, _), *marks = allocated(run)
-    _, backward, _ = marks[-2]
-    peak = max(most for _, _, most in marks)
+    activations, peaks = [], []
+    for _ in range(1 if case.ranks == 1 else 6):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            mark("begin")
+            learner.step([batch] * case.accumulation, rates)
+            mark("end")
+        (_, begin, _), *marks = allocated(run)
+        _, backward, _ = marks[-2]
+        activations.append(backward - begin)
+        peaks.append(max(most for _, _, most in marks) - begin)
     blocks, _, target = batch.masks.targets.shape
     asked = 0 if batch.masks.asked_rows is None else len(batch.masks.asked_rows)
     seen = Seen(batch.masks.context.shape[1], target, asked / IMAGES, blocks)
-    return Held(between, backward - begin, between + peak - begin, seen)
+    return Held(between, min(activations), between + min(peaks), seen)
 
 
 def run_worker(ranks: int, out: Path) -> None:
@@ -237,9 +242,7 @@ def test_memory_is_that_of_a_real_run(held: Callable[[Case], Held], case: Case) 
     )
     assert abs(ratios[0] - 1) < STATE_WITHIN, ratios
     assert abs(ratios[1] - 1) < WITHIN, ratios
-    # Gloo's threads have, by chance, a bucket or up to two gathered blocks a while longer.
-    sends_meanwhile = case.stage == 3 or (case.stage == 2 and case.ranks > 1)
-    assert abs(ratios[2] - 1) < (2 * WITHIN if sends_meanwhile else WITHIN), ratios
+    assert abs(ratios[2] - 1) < WITHIN, ratios
 
 
 if __name__ == "__main__":
