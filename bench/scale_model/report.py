@@ -99,8 +99,8 @@ def memory_check(checks: Mapping[str, float]) -> str:
     found = ", ".join(f"ViT-{title} {ratio:.2f}" for title, ratio in checks.items())
     return (
         "Memory: of the largest masks of 128 steps, in tensors' bytes. On a CPU, states, activations and "
-        "peaks are within 5 % of what 1 and 2 real ranks hold at every stage, peaks at ZeRO 2 and 3 within "
-        "10 % (tests/planning/test_memory.py). "
+        "peaks are within 5 % of what 1 and 2 real ranks hold at every stage "
+        "(tests/planning/test_memory.py). "
         f"Over the peak measured on one GPU: {found}; there the allocator rounds, and CUDA graphs hold "
         "several shapes."
     )
