@@ -54,7 +54,8 @@ def obstacles(checkpoint: Checkpoint, start: Position, config: Config) -> list[O
             f"was trained on {there.dataset_images} images of other names: the order of images would change"
         )
         found.append(Obstacle(what, "give data.root the same images"))
-    if there.micro_batch != start.micro_batch and config.masks.mode == "truncate":
+    truncates = config.masks.mode == "truncate" and config.objective.name == "jepa"
+    if there.micro_batch != start.micro_batch and truncates:
         what = (
             f"was trained on micro-batches of {there.micro_batch} images, here they have "
             f"{start.micro_batch}, and masks.mode truncate cuts contexts to the shortest in each"

@@ -41,13 +41,14 @@ FORCE = "run.resume=force"
         (replace(POSITION, dataset_checksum=2), [], "280 images of other names"),
         (replace(POSITION, dataset_checksum=0), [], None),
         (replace(POSITION, micro_batch=8), [], None),
+        (replace(POSITION, micro_batch=8), [*TRUNCATE, "objective.name=mae"], None),
         (replace(POSITION, micro_batch=8), TRUNCATE, "micro-batches of 16 images, here they have 8"),
     ],
 )
 def test_what_a_run_may_go_on_from(
     tmp_path: Path, start: Position, overrides: list[str], refusal: str | None
 ) -> None:
-    there = load_config(None, TRUNCATE if overrides == TRUNCATE else [])
+    there = load_config(None, overrides if TRUNCATE[0] in overrides else [])
     checkpoint = Checkpoint(tmp_path, POSITION, there.to_dict(), {})
     here, forced = load_config(None, overrides), load_config(None, [*overrides, FORCE])
     if refusal is None:
