@@ -18,9 +18,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import yaml
-
-    from fastjepa.config import ConfigError, parse_config
+    from fastjepa.config import ConfigError
     from fastjepa.engine.folder import RunFolder
     from fastjepa.engine.metrics import read_rows
     from fastjepa.engine.tracking import check_tracking, send_rows
@@ -28,14 +26,14 @@ def run(options: argparse.Namespace) -> int:
     folder = RunFolder(options.run)
     try:
         rows = read_rows(folder.metrics)
-        config = parse_config(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+        config = folder.read_config()
         check_tracking([options.to])
         config.run.resume = "auto"  # what it was started with does not matter here
         with folder.open(config):  # the lock: while it trains it may be sending itself
             count = send_rows(options.to, folder, config, rows)
     except FileNotFoundError as error:
         return refuse(f"{options.run} is no folder of a run: it has no {Path(error.filename).name}")
-    except (ConfigError, OSError, yaml.YAMLError) as error:
+    except (ConfigError, OSError) as error:
         return refuse(error)
     print(f"Sent {count:,} rows of {folder.metrics} to {options.to}")
     return 0

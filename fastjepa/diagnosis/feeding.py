@@ -16,7 +16,6 @@ from fastjepa.engine.build import (
     build_augmentation,
     build_masks,
     build_model,
-    build_networks,
     build_order,
     build_reading,
     build_schedule,
@@ -25,12 +24,11 @@ from fastjepa.engine.images import RunImages
 from fastjepa.engine.launch import micro_batch, preferred_kernels
 from fastjepa.engine.learner import start_learner
 from fastjepa.engine.processes.world import World
-from fastjepa.masks import Masks
-from fastjepa.models import Predictor
-from fastjepa.models.flops import Narrow, Tokens, ijepa, mae, useful
+from fastjepa.planning.networks import network_of
+from fastjepa.planning.tokens import seen_in
+from fastjepa.planning.work import MFU, PEAKS, image_flop
 
-# Useful work of ViT-B/16 and L/16 on an H100, of docs/performance.md; small networks reach less.
-H100_FLOP_PER_S = 330e12
+H100_FLOP_PER_S = MFU * PEAKS["h100"]  # small networks reach less
 CPU_SHARE = 0.5  # of the rate of a matrix product, that a step on a CPU is taken to reach
 # Images that are read at a time: few, so that a slow drive gives some soon. From memory they come so fast
 # that handing on a small batch would be all that is timed.
@@ -168,23 +166,8 @@ def _finish(device: torch.device) -> None:
 
 
 def useful_flop(config: Config, images: int) -> float:
-    """Of one image in training, by the masks of one draw of so many images."""
-    with torch.device("meta"):
-        encoder, head = build_networks(config)
-    masks = build_masks(config).sample(torch.arange(images))
-    if isinstance(head, Predictor):
-        predictor = Narrow(head.predictor_embed.out_features, len(head.predictor_blocks))
-        return useful(ijepa(encoder.shape, predictor, tokens_of(masks))) / images
-    decoder = Narrow(head.decoder_embed.out_features, len(head.decoder_blocks))
-    return useful(mae(encoder.shape, decoder, images, masks.context.shape[1])) / images
-
-
-def tokens_of(masks: Masks) -> Tokens:
-    """How many tokens a batch of masks asks for."""
-    blocks, images, target = masks.targets.shape  # [M, B, P]
-    if masks.cu_seqlens is None:
-        return Tokens([masks.context.shape[1]] * images, target, blocks)
-    return Tokens(masks.cu_seqlens.diff().tolist(), target, blocks)
+    """Of one image in training, by the masks of micro-batches of so many."""
+    return sum(image_flop(network_of(config), seen_in(build_masks(config), images)).values())
 
 
 def appetite_on_cpu(config: Config, ranks: int) -> Appetite:
@@ -201,7 +184,7 @@ def appetite_on_cpu(config: Config, ranks: int) -> Appetite:
 def appetite_of_h100(config: Config, ranks: int) -> Appetite:
     """By its FLOPs, at what networks of some size were measured to reach there."""
     flop = useful_flop(config, min(_DRAWN, micro_batch(config, ranks)))
-    at = f"at the {H100_FLOP_PER_S / 1e12:g} TFLOP/s that ViT-B was measured to reach"
+    at = f"at {H100_FLOP_PER_S / 1e12:.0f} TFLOP/s, as large ones were measured to reach"
     return Appetite(H100_FLOP_PER_S / flop, "an H100", f"not measured: {flop / 1e9:.3g} GFLOP for each {at}")
 
 

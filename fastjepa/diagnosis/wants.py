@@ -13,7 +13,6 @@ from fastjepa.diagnosis.finding import Finding
 from fastjepa.engine.build import (
     build_augmentation,
     build_masks,
-    build_networks,
     build_order,
     build_reading,
     build_schedule,
@@ -23,6 +22,7 @@ from fastjepa.engine.launch import deepspeed_config, micro_batch
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.speed import check_speed
 from fastjepa.engine.tracking import check_tracking
+from fastjepa.planning.networks import network_of
 
 T = TypeVar("T")
 
@@ -85,11 +85,8 @@ def wants_of(config: Config, ranks: int, steps: int | None) -> Wants:
         ConfigError: the batch does not divide, or there are no such networks.
     """
     run, data, speed = config.run, config.data, config.speed
-    with torch.device("meta"):
-        encoder, head = build_networks(config)
-    encoded = sum(parameter.numel() for parameter in encoder.parameters())
-    trained = encoded + sum(parameter.numel() for parameter in head.parameters())
-    averaged = encoded if config.objective.name == "jepa" else 0
+    network = network_of(config)
+    averaged = 0 if network.is_mae else network.encoder_parameters
     for_ever = (steps or 0) // run.keep_every if run.keep_every else 0
     micro = micro_batch(config, ranks)
     root = data.root if data.name == "shards" else None
@@ -108,7 +105,8 @@ def wants_of(config: Config, ranks: int, steps: int | None) -> Wants:
         remote=root.partition("://")[0] if root is not None and is_url(root) else None,
         is_packed=data.name == "shards",
         batch_bytes=micro * data.channels * data.image_size**2,
-        checkpoint_bytes=4 * (3 * trained + averaged),  # weights and two moments, and the average; fp32
+        # Weights and two moments, and the average; fp32.
+        checkpoint_bytes=4 * (3 * network.parameters + averaged),
         keep_last=run.keep_last,
         kept=run.keep_last + for_ever,
         save_every_images=run.save_every * config.optim.global_batch,

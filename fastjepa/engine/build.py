@@ -60,25 +60,21 @@ def build_heads(config: Config) -> dict[str, int]:
     return {"encoder": size.heads, "predictor": size.predictor_heads}
 
 
-def build_networks(config: Config) -> tuple[VisionTransformer, Predictor | MAEDecoder]:
-    """The encoder, and what is trained with it; their weights are not yet the initial ones."""
+def build_model(config: Config) -> JEPA | MAE:
+    """A model with its initial weights, on the CPU, in fp32: the same on every rank."""
     size = build_size(config)
     try:
         shape = build_shape(config)
         encoder = VisionTransformer(shape, config.data.mean, config.data.std)
         if config.objective.name == "jepa":
-            return encoder, Predictor(
+            head: Predictor | MAEDecoder = Predictor(
                 shape.grid, shape.width, size.predictor_width, size.predictor_depth, size.predictor_heads
             )
-        model = config.model
-        return encoder, MAEDecoder(shape, model.decoder_width, model.decoder_depth, model.decoder_heads)
+        else:
+            model = config.model
+            head = MAEDecoder(shape, model.decoder_width, model.decoder_depth, model.decoder_heads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def build_model(config: Config) -> JEPA | MAE:
-    """A model with its initial weights, on the CPU, in fp32: the same on every rank."""
-    encoder, head = build_networks(config)
     generator = torch.Generator().manual_seed(config.run.seed)
     published: Init = "published" if config.objective.name == "jepa" else "mae"
     scheme = published if config.model.init == "published" else config.model.init

@@ -103,7 +103,7 @@ class RunFolder:
             if self.config.read_bytes() == text.encode():
                 return  # so that a run may start again where there is no room for a second copy
         try:
-            self._read_config()
+            self.read_config()
         except ConfigError as error:
             if self.config.exists():
                 _log.warning("%s; it is written anew", error)
@@ -136,8 +136,12 @@ class RunFolder:
                 return
             time.sleep(_LOOK_S)
 
-    def _read_config(self) -> Config:
-        """Raises ConfigError if it cannot be read."""
+    def read_config(self) -> Config:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: there are none, or they cannot be read.
+        """
         try:
             return parse_config(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -146,7 +150,7 @@ class RunFolder:
 
     def _check_same_run(self, config: Config) -> None:
         try:
-            before = self._read_config()
+            before = self.read_config()
         except ConfigError as error:
             if list_checkpoints(self.checkpoints):  # each has its settings, and is held against them
                 return
