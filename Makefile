@@ -37,9 +37,9 @@ test: $(DEV) ## Run the tests, one process per core
 		else echo "No C++ compiler with OpenMP, or no headers of Python: the ops are tested without fastjepa_kernels._C"; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
-# The quick ones run in `make test` too.
+# The quick ones run in `make test` too. One more at a time than there are cores, since many wait for their runs.
 faults: $(DEV) ## Do to runs whatever they must survive, and write build/faults.md; on two cores in 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/engine -m "fault or slow_fault" -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/engine -m "fault or slow_fault" -n $$(($(JOBS) + 1)) --dist loadfile -p no:benchmark $(ARGS)
 
 test-gpu: $(DEV) ## Run the tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu -p no:benchmark $(ARGS)
