@@ -246,3 +246,13 @@ def test_a_full_drive_leaves_what_was_finished(folder: Path, packed: Path, tmp_p
     assert not shards_of(out)
     assert pack(folder, out, SMALL).packed == 120
     assert shards_of(out) == shards_of(packed)
+
+
+def test_an_image_too_long_for_a_jpeg_is_skipped_and_does_not_end_the_pack(tmp_path: Path) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    Image.new("L", (1, 70_000)).save(images / "class_0" / "long.png")
+    report = pack(images, tmp_path / "out", SMALL)
+    assert report.packed == 4
+    assert report.skipped == {
+        str(images / "class_0" / "long.png"): "ValueError: 1 x 70000 pixels are too long for a JPEG"
+    }
