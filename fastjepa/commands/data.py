@@ -78,6 +78,11 @@ def size(text: str) -> int:
     return int(number) * unit
 
 
+def _printable(text: str) -> str:
+    """Bytes in names of files that are no UTF-8, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _quality(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"must be 1 to 100, got {text!r}")
@@ -163,7 +168,7 @@ def _pack(options: argparse.Namespace) -> int:
         in_order=options.in_order,
     )
     report = pack(options.folder, options.out, packing, options.workers, progress)
-    print(say(report, options.out))
+    print(_printable(say(report, options.out)))
     return 0
 
 
@@ -181,5 +186,5 @@ def _stats(options: argparse.Namespace) -> int:
         half = file.with_name(f"{file.name}.tmp")
         half.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         half.replace(file)
-    print(say(found))
+    print(_printable(say(found)))
     return 0
