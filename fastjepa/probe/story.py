@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.engine.folder import versions
 from fastjepa.engine.judge import BATCH, PIXEL_SIZE
 from fastjepa.evaluation.features import pixel_features
 from fastjepa.evaluation.intervals import SPLITS
+from fastjepa.evaluation.low_shot import split_of_classes
 from fastjepa.probe import ATTENTIVE, COLLAPSE, KNN, LINEAR, LOW_SHOT
 from fastjepa.probe.data import ProbeImages, open_probe_images
 from fastjepa.probe.extract import GIB, Features, Wanted, check_memory, extract
@@ -100,7 +102,8 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
     images = open_probe_images(
         request.data, trained.config, channels, settings.seed, request.train_images, request.test_images
     )
-    check_settings(settings, images)
+    assert images.train.labels is not None
+    check_settings(settings, images.train.labels)
     wanted = Wanted(
         blocks=settings.blocks,
         tokens=ATTENTIVE in settings.protocols,
@@ -132,6 +135,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
         for subject in alike:
             before = time.perf_counter()
             found = features.pop(subject.name)
+            check_settings(settings, found.train.labels)  # some may have been unreadable
             rows[subject.name] = list(_judge(subject, images, found, wanted, settings, say))
             if COLLAPSE in settings.protocols:
                 last = sample_of(found, subject.width, device)
@@ -148,7 +152,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
             {
                 "note": images.note,
                 "fingerprint": images.fingerprint,
-                "folders": [str(Path(folder)) for folder in request.data],
+                "folders": list(request.data),
                 "train_images": len(images.train),
                 "test_images": len(images.test),
                 "classes": list(images.train.class_names or ()),
@@ -164,13 +168,13 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
     return written
 
 
-def check_settings(settings: Settings, images: ProbeImages) -> None:
-    """Refuse settings that these images cannot serve.
+def check_settings(settings: Settings, labels: Tensor) -> None:
+    """Refuse settings that images to learn from with these labels, int64 [n], cannot serve.
 
     Raises:
         ProbeError: which says what is allowed.
     """
-    train = len(images.train)
+    train = len(labels)
     too_many = [k for k in settings.neighbours if k > train]
     if KNN in settings.protocols and too_many:
         fit = ",".join(str(k) for k in settings.neighbours if k <= train) or str(train)
@@ -182,10 +186,8 @@ def check_settings(settings: Settings, images: ProbeImages) -> None:
             raise ProbeError(
                 f"--splits {settings.splits}: an interval takes {SPLITS[0]} to {SPLITS[1]} of them"
             )
-        labels = images.train.labels
-        assert labels is not None
         for fraction in settings.fractions:
-            drawn = sum(max(1, round(fraction * int(n))) for n in torch.bincount(labels) if n)
+            drawn = len(split_of_classes(labels, fraction, settings.seed)[0])
             if drawn < 5:
                 raise ProbeError(
                     f"{fraction:.0%} of the labels are {drawn} images, and a classifier needs 5: leave "
@@ -194,6 +196,11 @@ def check_settings(settings: Settings, images: ProbeImages) -> None:
     if LINEAR in settings.protocols and train < 20:
         raise ProbeError(
             f"{train} images are too few to train a linear probe and choose its head: give 20 or more"
+        )
+    if LINEAR in settings.protocols and int(labels.bincount().max()) < 2:
+        raise ProbeError(
+            "there is one image of each class to learn from, and the linear probe chooses its head on "
+            "another: leave linear out of --protocol, or give more images"
         )
 
 
@@ -246,6 +253,7 @@ def _judge_pixels(
         with closing(evaluation_batches(part, size, BATCH, workers=wanted.workers)) as batches:
             parts += [found.to(wanted.device) for found in pixel_features(batches)]
     sample = Sample(*parts)
+    check_settings(settings, sample.train_labels)
     rows[PIXELS] = list(_told(_of_pooled(PIXELS, sample, settings), say))
     if COLLAPSE in settings.protocols:
         collapse[PIXELS] = collapse_of(sample, None)

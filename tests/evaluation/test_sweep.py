@@ -140,3 +140,9 @@ def test_the_seed_alone_says_where_heads_start(seed: int) -> None:
     one = Heads.start(HEADS, 8, 3, like, seed)
     assert torch.equal(one.weight, Heads.start(HEADS, 8, 3, like, seed).weight)
     assert torch.equal(one.weight[0], one.weight[-1])
+
+
+def test_one_row_of_each_class_leaves_none_to_choose_on() -> None:
+    features, labels = torch.randn(6, 3), torch.arange(6)
+    with pytest.raises(ValueError, match="none can be held out to choose the best head"):
+        sweep(features, labels, features, labels)
