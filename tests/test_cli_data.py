@@ -107,3 +107,10 @@ def test_names_that_are_no_utf_8_are_printed(tmp_path: Path, capsys: Said) -> No
     assert r"/bad\udcff.jpg: UnidentifiedImageError" in capsys.readouterr().out
     assert main(["data", "stats", str(images), "--size", "8", "--workers", "1"]) == 0
     assert r"/bad\udcff.jpg: UnidentifiedImageError" in capsys.readouterr().out
+
+
+def test_stats_that_could_not_be_written_are_not_measured(tmp_path: Path, capsys: Said) -> None:
+    images = write_photos(tmp_path / "images", 2)
+    assert "there is no folder" in refused(
+        capsys, "stats", str(images), "--json", str(tmp_path / "nowhere" / "x.json")
+    )

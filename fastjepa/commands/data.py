@@ -181,6 +181,8 @@ def _stats(options: argparse.Namespace) -> int:
     file: Path | None = options.json
     if file is not None and file.exists() and not options.force:
         return refuse(f"{file} exists; give another name, or --force to replace it")
+    if file is not None and not file.parent.is_dir():
+        return refuse(f"there is no folder {file.parent} to write {file.name} into")
     found = measure(open_set(options.root), options.images, options.size, options.workers, progress)
     if file is not None:
         half = file.with_name(f"{file.name}.tmp")
