@@ -49,7 +49,7 @@ def knn_correct(
         bool [len(ks), m].
 
     Raises:
-        ValueError: a k or the temperature is out of range, or the shapes do not fit.
+        ValueError: a k or the temperature is out of range, the shapes do not fit, or a feature is not finite.
     """
     for k in ks:
         if not 1 <= k <= len(bank):
@@ -63,6 +63,8 @@ def knn_correct(
             f"{len(bank)} bank features with {len(bank_labels)} labels and {len(queries)} queries "
             f"with {len(query_labels)} labels: every feature needs one label, and there must be a query"
         )
+    if not (bank.isfinite().all() and queries.isfinite().all()):
+        raise ValueError("the features are not all finite: the encoder has diverged, or its input was bad")
     bank = F.normalize(bank.float(), dim=1)  # [n, D]
     queries = F.normalize(queries.float(), dim=1)  # [m, D]
     classes = int(bank_labels.max()) + 1

@@ -71,3 +71,12 @@ def test_errors_name_what_is_allowed() -> None:
         knn_accuracy(bank, labels, bank, labels, k=1, temperature=0)
     with pytest.raises(ValueError, match="every feature needs one label"):
         knn_accuracy(bank, labels[:4], bank, labels, k=1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", [0, 1])
+def test_features_that_are_not_finite_are_refused(part: int, value: float) -> None:
+    features, labels = [torch.randn(8, 3), torch.randn(4, 3)], torch.zeros(8, dtype=torch.int64)
+    features[part][1, 2] = value
+    with pytest.raises(ValueError, match="not all finite"):
+        knn_accuracy(features[0], labels, features[1], labels[:4], k=3)
