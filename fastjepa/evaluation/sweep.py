@@ -269,6 +269,8 @@ def train_heads(
         for number, rows in enumerate(order[: each * batch].split(batch)):
             rate = rate_at(epoch * each + number, settings.epochs * each) * batch / _BATCH_OF_RATES
             trained.step(features[rows], labels[rows], rate)
+    # Of all rows, for they are there; after few steps running statistics hold much of what they began with.
+    trained.variance, trained.mean = torch.var_mean(features, dim=0)
     return trained
 
 
