@@ -9,14 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastjepa.data.labelled import evaluation_batches
 from fastjepa.engine.folder import versions
 from fastjepa.engine.judge import BATCH, PIXEL_SIZE
 from fastjepa.evaluation.features import pixel_features
-from fastjepa.evaluation.intervals import SPLITS
-from fastjepa.evaluation.low_shot import split_of_classes
 from fastjepa.probe import ATTENTIVE, COLLAPSE, KNN, LINEAR, LOW_SHOT
 from fastjepa.probe.data import ProbeImages, open_probe_images
 from fastjepa.probe.extract import GIB, Features, Wanted, check_memory, extract
@@ -25,6 +22,7 @@ from fastjepa.probe.protocols import (
     Sample,
     Settings,
     attentive_row,
+    check_settings,
     collapse_of,
     knn_rows,
     linear_row,
@@ -166,42 +164,6 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
         write_result(targets[encoder], result)
         written.append((targets[encoder], result))
     return written
-
-
-def check_settings(settings: Settings, labels: Tensor) -> None:
-    """Refuse settings that images to learn from with these labels, int64 [n], cannot serve.
-
-    Raises:
-        ProbeError: which says what is allowed.
-    """
-    train = len(labels)
-    too_many = [k for k in settings.neighbours if k > train]
-    if KNN in settings.protocols and too_many:
-        fit = ",".join(str(k) for k in settings.neighbours if k <= train) or str(train)
-        raise ProbeError(
-            f"k of {too_many[0]} neighbours, and the bank holds {train} images: use --k {fit}, or more images"
-        )
-    if LOW_SHOT in settings.protocols:
-        if not SPLITS[0] <= settings.splits <= SPLITS[1]:
-            raise ProbeError(
-                f"--splits {settings.splits}: an interval takes {SPLITS[0]} to {SPLITS[1]} of them"
-            )
-        for fraction in settings.fractions:
-            drawn = len(split_of_classes(labels, fraction, settings.seed)[0])
-            if drawn < 5:
-                raise ProbeError(
-                    f"{fraction:.0%} of the labels are {drawn} images, and a classifier needs 5: leave "
-                    "low-shot out of --protocol, or give more images"
-                )
-    if LINEAR in settings.protocols and train < 20:
-        raise ProbeError(
-            f"{train} images are too few to train a linear probe and choose its head: give 20 or more"
-        )
-    if LINEAR in settings.protocols and int(labels.bincount().max()) < 2:
-        raise ProbeError(
-            "there is one image of each class to learn from, and the linear probe chooses its head on "
-            "another: leave linear out of --protocol, or give more images"
-        )
 
 
 def _judge(

@@ -19,9 +19,8 @@ from fastjepa.interop import save_official
 from fastjepa.interop.start import load_trained
 from fastjepa.probe.data import open_probe_images
 from fastjepa.probe.extract import Wanted, extract, keeps_tokens, token_batches
-from fastjepa.probe.protocols import Settings
+from fastjepa.probe.protocols import Settings, check_settings
 from fastjepa.probe.results import Result, read_result
-from fastjepa.probe.story import check_settings
 from fastjepa.probe.subjects import ProbeError, open_trained, subject_of
 
 FEW = ("--train-images", "120", "--test-images", "60", "--k", "5,20", "--epochs", "4",
