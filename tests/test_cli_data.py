@@ -1,6 +1,7 @@
 """`fastjepa data`: what it writes, what it says, and what it refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,19 @@ def test_what_an_option_may_be(tmp_path: Path, capsys: Said, option: str, value:
     with pytest.raises(SystemExit):
         main(["data", "pack", str(tmp_path), str(tmp_path / "out"), option, value])
     assert f"{option}: must be " in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf_8_are_printed(tmp_path: Path, capsys: Said) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    (images / "class_0" / os.fsdecode(b"bad\xff.jpg")).write_bytes(b"no image")
+    assert main(["data", "pack", str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert r"/bad\udcff.jpg: UnidentifiedImageError" in capsys.readouterr().out
+    assert main(["data", "stats", str(images), "--size", "8", "--workers", "1"]) == 0
+    assert r"/bad\udcff.jpg: UnidentifiedImageError" in capsys.readouterr().out
+
+
+def test_stats_that_could_not_be_written_are_not_measured(tmp_path: Path, capsys: Said) -> None:
+    images = write_photos(tmp_path / "images", 2)
+    assert "there is no folder" in refused(
+        capsys, "stats", str(images), "--json", str(tmp_path / "nowhere" / "x.json")
+    )

@@ -78,6 +78,11 @@ def size(text: str) -> int:
     return int(number) * unit
 
 
+def _printable(text: str) -> str:
+    """Bytes in names of files that are no UTF-8, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _quality(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"must be 1 to 100, got {text!r}")
@@ -163,7 +168,7 @@ def _pack(options: argparse.Namespace) -> int:
         in_order=options.in_order,
     )
     report = pack(options.folder, options.out, packing, options.workers, progress)
-    print(say(report, options.out))
+    print(_printable(say(report, options.out)))
     return 0
 
 
@@ -176,10 +181,12 @@ def _stats(options: argparse.Namespace) -> int:
     file: Path | None = options.json
     if file is not None and file.exists() and not options.force:
         return refuse(f"{file} exists; give another name, or --force to replace it")
+    if file is not None and not file.parent.is_dir():
+        return refuse(f"there is no folder {file.parent} to write {file.name} into")
     found = measure(open_set(options.root), options.images, options.size, options.workers, progress)
     if file is not None:
         half = file.with_name(f"{file.name}.tmp")
         half.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         half.replace(file)
-    print(say(found))
+    print(_printable(say(found)))
     return 0

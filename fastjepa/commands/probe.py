@@ -45,8 +45,8 @@ def add_to(commands: Any) -> None:
         nargs="+",
         default=(),
         metavar="FOLDER",
-        help="of class folders: one, perhaps with train and val in it, or two; the run's own by "
-        "default; fashion_mnist is embedded",
+        help="of class folders, or of indexed shards: one, perhaps with train and val in it, or two; the "
+        "run's own by default; fashion_mnist is embedded",
     )
     parser.add_argument(
         "--baseline",

@@ -84,13 +84,18 @@ class ImageFolder:
 
     def read(self, index: int, min_side: int | None = None) -> Image.Image:
         """One image, as `decode_image` gives it; raises UnreadableImage."""
-        return decode_image(self.path(index), self.channels, min_side)
+        return decode_image(self.encoded(index), self.channels, min_side, path=self.path(index))
 
     def encoded(self, index: int) -> bytes:
         """The bytes of the image's file; raises UnreadableImage."""
         path = self.path(index)
-        with unreadable_unless_good(path), open(path, "rb") as file:
+        with unreadable_unless_good(path), open(path, "rb", opener=_without_waiting) as file:
             return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a named pipe too, which would wait for its writer for ever; it reads as empty."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_no_splits(images: ImageFolder) -> None:
@@ -117,7 +122,14 @@ def _walk(root: bytes, below: bytes, ancestors: frozenset[tuple[int, int]]) -> I
         name = os.path.join(below, entry.name)
         if entry.name.startswith(b"."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(root, name, ancestors | {identity})
         elif os.path.splitext(os.fsdecode(entry.name))[1].lower() in EXTENSIONS:
             yield name
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; with the name of an image it is one that cannot be read
+        return False

@@ -101,16 +101,16 @@ class _Look:
         )
 
 
-def open_set(root: str) -> ImageFolder | ShardSet:
-    """Shards where there are any, else a folder of images.
+def open_set(root: str, channels: int = 3) -> ImageFolder | ShardSet:
+    """Shards where there are any, else a folder of images, read as RGB (3) or grey (1).
 
     Raises:
         ValueError, OSError: neither; the message says which.
     """
     path = Path(root)
     if is_url(root) or path.is_file() or any(path.glob("*.tar")):
-        return ShardSet(root)
-    return ImageFolder(root)
+        return ShardSet(root, channels)
+    return ImageFolder(root, channels)
 
 
 def measure(

@@ -1,11 +1,12 @@
 """Weighted k-nearest-neighbour classification: what the features tell with nothing trained on them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NORMALISED_AT_ONCE = 1 << 22  # of float64: 32 MiB
 _SIMILARITIES_AT_ONCE = 1 << 26  # of fp32: 256 MiB
 
 
@@ -49,7 +50,7 @@ def knn_correct(
         bool [len(ks), m].
 
     Raises:
-        ValueError: a k or the temperature is out of range, or the shapes do not fit.
+        ValueError: a k or the temperature is out of range, the shapes do not fit, or a feature is not finite.
     """
     for k in ks:
         if not 1 <= k <= len(bank):
@@ -63,20 +64,34 @@ def knn_correct(
             f"{len(bank)} bank features with {len(bank_labels)} labels and {len(queries)} queries "
             f"with {len(query_labels)} labels: every feature needs one label, and there must be a query"
         )
-    bank = F.normalize(bank.float(), dim=1)  # [n, D]
-    queries = F.normalize(queries.float(), dim=1)  # [m, D]
+    if not (bank.isfinite().all() and queries.isfinite().all()):
+        raise ValueError("the features are not all finite: the encoder has diverged, or its input was bad")
+    # Where all features have much in common, 32 bits of a cosine near 1 tell nothing. With b = c + b' and
+    # q = c + q' it is q' b' + c b', and what a query adds to all of its cosines alike, which is left out.
+    common = torch.stack([unit.sum(dim=0) for unit in _of_unit_length(bank)]).sum(dim=0) / len(bank)  # [D]
+    offset = torch.cat([(unit - common) @ common for unit in _of_unit_length(bank)]).float()  # [n]
+    bank, queries = (
+        torch.cat([(unit - common).float() for unit in _of_unit_length(z)]) for z in (bank, queries)
+    )  # [n, D], [m, D]
     classes = int(bank_labels.max()) + 1
     right = torch.empty(len(ks), len(queries), dtype=torch.bool, device=queries.device)
     chunk = max(1, _SIMILARITIES_AT_ONCE // len(bank))
     for found, some, wanted in zip(
         right.split(chunk, dim=1), queries.split(chunk), query_labels.split(chunk), strict=True
     ):
-        similarity, nearest = (some @ bank.T).topk(max(ks))  # [b, k], descending
-        # Only the ratio of weights counts; from the nearest on down, exp cannot overflow.
-        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        similarity, nearest = torch.addmm(offset, some, bank.T).topk(max(ks))  # [b, k], descending
+        # Only the ratio of weights counts; from the nearest on down, exp cannot overflow. In 64 bits, for
+        # weights close to 1 would become equal, and the lower label would win.
+        weight = torch.exp((similarity - similarity[:, :1]).double() / temperature)
         labels = bank_labels[nearest]  # [b, k]
         for row, k in zip(found, ks, strict=True):
-            votes = similarity.new_zeros(len(some), classes)  # [b, classes]
+            votes = weight.new_zeros(len(some), classes)  # [b, classes]
             votes.scatter_add_(1, labels[:, :k], weight[:, :k])
             row.copy_(votes.argmax(dim=1) == wanted)
     return right
+
+
+def _of_unit_length(z: Tensor) -> Iterator[Tensor]:
+    """Rows in 64 bits, a few at a time: all at once would take twice the memory of the features."""
+    for some in z.split(max(1, _NORMALISED_AT_ONCE // z.shape[1])):
+        yield F.normalize(some.double(), dim=1)

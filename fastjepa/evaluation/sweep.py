@@ -231,6 +231,11 @@ def sweep(
     check_rows("training", train, train_labels, at_least=5)
     check_rows("test", test, test_labels, at_least=1)
     held_out, fitted = split_of_classes(train_labels, settings.held_out, seed)
+    if not len(held_out):
+        raise ValueError(
+            "there is one training row of each class, so that none can be held out to choose the best head: "
+            "give a class with two rows or more"
+        )
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
     trained = train_heads(train[fitted], train_labels[fitted], classes, heads, settings, seed)
     right = trained.correct(train[held_out], train_labels[held_out]).double().mean(dim=1)  # [H]
@@ -264,6 +269,8 @@ def train_heads(
         for number, rows in enumerate(order[: each * batch].split(batch)):
             rate = rate_at(epoch * each + number, settings.epochs * each) * batch / _BATCH_OF_RATES
             trained.step(features[rows], labels[rows], rate)
+    # Of all rows, for they are there; after few steps running statistics hold much of what they began with.
+    trained.variance, trained.mean = torch.var_mean(features, dim=0)
     return trained
 
 

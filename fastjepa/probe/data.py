@@ -11,6 +11,9 @@ import torch
 from fastjepa.config import Config, ConfigError
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.data.folder import ImageFolder
+from fastjepa.data.shards.shard_set import ShardSet
+from fastjepa.data.shards.store import is_url
+from fastjepa.data.stats import open_set
 from fastjepa.data.subset import Subset
 from fastjepa.data.views import ImageSet
 from fastjepa.engine.images import open_images
@@ -48,8 +51,9 @@ def open_probe_images(
     """The images that a probe was told to use, or those of the run.
 
     Args:
-        folders: two are for learning and for the test; one is both, divided into `train` and `val` or
-            `test`, or by us; `fashion_mnist` is the subset that comes with fastjepa. None: the run's own.
+        folders: of class folders, or of indexed shards: two are for learning and for the test; one is both,
+            divided into `train` and `val` or `test`, or by us; `fashion_mnist` is the subset that comes with
+            fastjepa. None: the run's own.
         config: of the run; None for a file.
         channels: as images in folders are to be read.
         seed: of the division of a folder.
@@ -104,6 +108,11 @@ def _open(
             train, test = _divide(whole, folders[0], seed)
             return train, test, f"{root}, {_TEST_PART:.0%} of every class for the test"
         folders = [str(root / "train"), str(inside[0])]
+    if not any(map(is_url, folders)) and os.path.exists(folders[1]) and os.path.samefile(*folders):
+        raise ProbeError(
+            f"{folders[0]} is given to learn from and to be tested on: probes would be tested on what they "
+            "learned by heart. Give it once, and a fifth of every class is the test"
+        )
     first, second = (_labelled(folder, channels) for folder in folders)
     theirs, ours = set(second.class_names or ()), set(first.class_names or ())
     if first.class_names != second.class_names:
@@ -116,8 +125,10 @@ def _open(
     return first, second, f"{folders[0]} and {folders[1]}"
 
 
-def _labelled(folder: str, channels: int) -> ImageFolder:
-    images = ImageFolder(folder, channels)
+def _labelled(folder: str, channels: int) -> ImageFolder | ShardSet:
+    images = open_set(folder, channels)
+    if images.labels is None and isinstance(images, ShardSet):
+        raise ProbeError(f"the images of the shards in {folder} have no labels: index them with their labels")
     if images.labels is None:
         classes = [entry.name for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir()]
         found = f"one sub-folder, {classes[0]}" if len(classes) == 1 else f"{len(classes)} sub-folders"
@@ -128,7 +139,7 @@ def _labelled(folder: str, channels: int) -> ImageFolder:
     return images
 
 
-def _divide(whole: ImageFolder, folder: str, seed: int) -> tuple[Subset, Subset]:
+def _divide(whole: ImageFolder | ShardSet, folder: str, seed: int) -> tuple[Subset, Subset]:
     labels, names = whole.labels, whole.class_names
     assert labels is not None
     assert names is not None
@@ -159,6 +170,15 @@ def _fingerprint(*sets: ImageSet) -> str:
             digest.update(images.images.contiguous().numpy().data)
             continue
         for index in range(len(images)):  # the folder may move
-            path = Path(images.path(index))
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            path = images.path(index)
+            name = "/".join(path.split("/")[-2:])
+            digest.update(f"{name} {_size_of(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _size_of(path: str) -> int | None:
+    """In bytes; None in a shard, or of a file that is gone, which reading will count as unreadable."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

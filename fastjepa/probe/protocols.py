@@ -8,15 +8,16 @@ from torch import Tensor
 
 from fastjepa.evaluation.attentive import AttentiveSettings, attentive_correct, fit_attentive
 from fastjepa.evaluation.collapse import rankme
+from fastjepa.evaluation.intervals import SPLITS
 from fastjepa.evaluation.knn import knn_correct
-from fastjepa.evaluation.low_shot import low_shot_correct
+from fastjepa.evaluation.low_shot import low_shot_correct, split_of_classes
 from fastjepa.evaluation.spectrum import alpha_req, dimension_std, lidar, uniformity
 from fastjepa.evaluation.sweep import HEADS, SweepSettings, sweep
 from fastjepa.probe import ATTENTIVE, KNN, LINEAR, LOW_SHOT, PROTOCOLS
 from fastjepa.probe.data import ProbeImages
 from fastjepa.probe.extract import Features, Wanted, token_batches
 from fastjepa.probe.results import Row, row_of
-from fastjepa.probe.subjects import Subject
+from fastjepa.probe.subjects import ProbeError, Subject
 
 _DEAD = 0.01  # a dimension that deviates less than this, of 1 for an even spread, tells nothing
 
@@ -45,6 +46,42 @@ class Settings:
     fractions: tuple[float, ...] = (0.01, 0.1)
     splits: int = 5
     seed: int = 0
+
+
+def check_settings(settings: Settings, labels: Tensor) -> None:
+    """Refuse settings that images to learn from with these labels, int64 [n], cannot serve.
+
+    Raises:
+        ProbeError: which says what is allowed.
+    """
+    train = len(labels)
+    too_many = [k for k in settings.neighbours if k > train]
+    if KNN in settings.protocols and too_many:
+        fit = ",".join(str(k) for k in settings.neighbours if k <= train) or str(train)
+        raise ProbeError(
+            f"k of {too_many[0]} neighbours, and the bank holds {train} images: use --k {fit}, or more images"
+        )
+    if LOW_SHOT in settings.protocols:
+        if not SPLITS[0] <= settings.splits <= SPLITS[1]:
+            raise ProbeError(
+                f"--splits {settings.splits}: an interval takes {SPLITS[0]} to {SPLITS[1]} of them"
+            )
+        for fraction in settings.fractions:
+            drawn = len(split_of_classes(labels, fraction, settings.seed)[0])
+            if drawn < 5:
+                raise ProbeError(
+                    f"{fraction:.0%} of the labels are {drawn} images, and a classifier needs 5: leave "
+                    "low-shot out of --protocol, or give more images"
+                )
+    if LINEAR in settings.protocols and train < 20:
+        raise ProbeError(
+            f"{train} images are too few to train a linear probe and choose its head: give 20 or more"
+        )
+    if LINEAR in settings.protocols and int(labels.bincount().max()) < 2:
+        raise ProbeError(
+            "there is one image of each class to learn from, and the linear probe chooses its head on "
+            "another: leave linear out of --protocol, or give more images"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ from fastjepa.evaluation.intervals import Interval, of_splits, wilson
 from fastjepa.probe.subjects import ProbeError
 
 FORMAT = 1
+# What a comparison asks of a file.
+_COMPARED = (
+    ("classes", "data"), ("fingerprint", "data"),
+    ("seed", "settings"), ("splits", "settings"), ("fractions", "settings"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Row:
     def right(self) -> Tensor:
         """Which images are right: bool [splits, images]."""
         packed = np.frombuffer(base64.b64decode(self.correct), dtype=np.uint8)
+        if len(packed) != -(-self.splits * self.images // 8):
+            raise ValueError(f"{len(packed)} bytes are not {self.splits} x {self.images} bits")
         bits = np.unpackbits(packed, count=self.splits * self.images)
         return torch.from_numpy(bits).bool().view(self.splits, self.images)
 
@@ -114,7 +121,13 @@ def read_result(path: Path) -> Result:
         if found != FORMAT:
             raise ProbeError(f"{path} has format {found}, and this version reads {FORMAT}: probe again")
         rows = [Row(**row | {"interval": Interval(**row["interval"])}) for row in content.pop("rows")]
-        return Result(**content, rows=rows)
+        result = Result(**content, rows=rows)
+        for name, kind in _COMPARED:
+            if name not in getattr(result, kind):
+                raise ValueError(f"its {kind} say nothing of {name}")
+        for row in rows:
+            row.right()
+        return result
     except OSError as error:
         raise ProbeError(f"cannot read {path}: {error.strerror}") from error
     except ProbeError:

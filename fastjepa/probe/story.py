@@ -14,7 +14,6 @@ from fastjepa.data.labelled import evaluation_batches
 from fastjepa.engine.folder import versions
 from fastjepa.engine.judge import BATCH, PIXEL_SIZE
 from fastjepa.evaluation.features import pixel_features
-from fastjepa.evaluation.intervals import SPLITS
 from fastjepa.probe import ATTENTIVE, COLLAPSE, KNN, LINEAR, LOW_SHOT
 from fastjepa.probe.data import ProbeImages, open_probe_images
 from fastjepa.probe.extract import GIB, Features, Wanted, check_memory, extract
@@ -23,6 +22,7 @@ from fastjepa.probe.protocols import (
     Sample,
     Settings,
     attentive_row,
+    check_settings,
     collapse_of,
     knn_rows,
     linear_row,
@@ -100,7 +100,8 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
     images = open_probe_images(
         request.data, trained.config, channels, settings.seed, request.train_images, request.test_images
     )
-    check_settings(settings, images)
+    assert images.train.labels is not None
+    check_settings(settings, images.train.labels)
     wanted = Wanted(
         blocks=settings.blocks,
         tokens=ATTENTIVE in settings.protocols,
@@ -132,6 +133,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
         for subject in alike:
             before = time.perf_counter()
             found = features.pop(subject.name)
+            check_settings(settings, found.train.labels)  # some may have been unreadable
             rows[subject.name] = list(_judge(subject, images, found, wanted, settings, say))
             if COLLAPSE in settings.protocols:
                 last = sample_of(found, subject.width, device)
@@ -148,7 +150,7 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
             {
                 "note": images.note,
                 "fingerprint": images.fingerprint,
-                "folders": [str(Path(folder)) for folder in request.data],
+                "folders": list(request.data),
                 "train_images": len(images.train),
                 "test_images": len(images.test),
                 "classes": list(images.train.class_names or ()),
@@ -162,39 +164,6 @@ def probe(request: Request, say: Callable[[str], None]) -> list[tuple[Path, Resu
         write_result(targets[encoder], result)
         written.append((targets[encoder], result))
     return written
-
-
-def check_settings(settings: Settings, images: ProbeImages) -> None:
-    """Refuse settings that these images cannot serve.
-
-    Raises:
-        ProbeError: which says what is allowed.
-    """
-    train = len(images.train)
-    too_many = [k for k in settings.neighbours if k > train]
-    if KNN in settings.protocols and too_many:
-        fit = ",".join(str(k) for k in settings.neighbours if k <= train) or str(train)
-        raise ProbeError(
-            f"k of {too_many[0]} neighbours, and the bank holds {train} images: use --k {fit}, or more images"
-        )
-    if LOW_SHOT in settings.protocols:
-        if not SPLITS[0] <= settings.splits <= SPLITS[1]:
-            raise ProbeError(
-                f"--splits {settings.splits}: an interval takes {SPLITS[0]} to {SPLITS[1]} of them"
-            )
-        labels = images.train.labels
-        assert labels is not None
-        for fraction in settings.fractions:
-            drawn = sum(max(1, round(fraction * int(n))) for n in torch.bincount(labels) if n)
-            if drawn < 5:
-                raise ProbeError(
-                    f"{fraction:.0%} of the labels are {drawn} images, and a classifier needs 5: leave "
-                    "low-shot out of --protocol, or give more images"
-                )
-    if LINEAR in settings.protocols and train < 20:
-        raise ProbeError(
-            f"{train} images are too few to train a linear probe and choose its head: give 20 or more"
-        )
 
 
 def _judge(
@@ -246,6 +215,7 @@ def _judge_pixels(
         with closing(evaluation_batches(part, size, BATCH, workers=wanted.workers)) as batches:
             parts += [found.to(wanted.device) for found in pixel_features(batches)]
     sample = Sample(*parts)
+    check_settings(settings, sample.train_labels)
     rows[PIXELS] = list(_told(_of_pooled(PIXELS, sample, settings), say))
     if COLLAPSE in settings.protocols:
         collapse[PIXELS] = collapse_of(sample, None)

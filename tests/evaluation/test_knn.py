@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
@@ -71,3 +72,27 @@ def test_errors_name_what_is_allowed() -> None:
         knn_accuracy(bank, labels, bank, labels, k=1, temperature=0)
     with pytest.raises(ValueError, match="every feature needs one label"):
         knn_accuracy(bank, labels[:4], bank, labels, k=1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", [0, 1])
+def test_features_that_are_not_finite_are_refused(part: int, value: float) -> None:
+    features, labels = [torch.randn(8, 3), torch.randn(4, 3)], torch.zeros(8, dtype=torch.int64)
+    features[part][1, 2] = value
+    with pytest.raises(ValueError, match="not all finite"):
+        knn_accuracy(features[0], labels, features[1], labels[:4], k=3)
+
+
+def test_what_all_features_have_in_common_does_not_drown_what_tells_them_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 16, generator=generator)
+    labels = torch.arange(500) % 5
+    z = 100 + 0.01 * (0.5 * centres[labels] + torch.randn(500, 16, generator=generator))
+    exact = F.normalize(z.double(), dim=1)
+    similarity, nearest = (exact[250:] @ exact[:250].T).topk(10)
+    votes = torch.zeros(250, 5, dtype=torch.float64)
+    votes.scatter_add_(1, labels[:250][nearest], ((similarity - 1) / 0.07).exp())
+    want = votes.argmax(dim=1) == labels[250:]
+    right = knn_correct(z[:250], labels[:250], z[250:], labels[250:], (10,))[0]
+    assert want.double().mean() > 0.6
+    assert (right == want).double().mean() > 0.99

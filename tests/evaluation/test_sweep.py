@@ -140,3 +140,20 @@ def test_the_seed_alone_says_where_heads_start(seed: int) -> None:
     one = Heads.start(HEADS, 8, 3, like, seed)
     assert torch.equal(one.weight, Heads.start(HEADS, 8, 3, like, seed).weight)
     assert torch.equal(one.weight[0], one.weight[-1])
+
+
+def test_one_row_of_each_class_leaves_none_to_choose_on() -> None:
+    features, labels = torch.randn(6, 3), torch.arange(6)
+    with pytest.raises(ValueError, match="none can be held out to choose the best head"):
+        sweep(features, labels, features, labels)
+
+
+def test_batch_norm_is_tested_as_it_was_trained_however_few_the_steps_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    z = torch.randn(4, 16, generator=generator)[labels] + torch.randn(400, 16, generator=generator)
+    z = 100 + 0.1 * z
+    train, test = slice(300), slice(300, 400)
+    settings = SweepSettings(epochs=20)  # of one step each
+    found = sweep(z[train], labels[train], z[test], labels[test], [Head(0.3, True)], settings)
+    assert found.correct.double().mean() > 0.85

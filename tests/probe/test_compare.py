@@ -107,3 +107,19 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
             read_result(file)
     with pytest.raises(ProbeError, match="cannot read"):
         read_result(tmp_path)
+
+
+def test_a_result_that_lacks_what_is_compared_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_result(file, result(0.7))
+    whole = json.loads(file.read_text())
+    without = {name: value for name, value in whole["data"].items() if name != "classes"}
+    cut = [whole["rows"][0] | {"correct": whole["rows"][0]["correct"][:4]}]
+    for change, said in (
+        ({"data": without}, "its data say nothing of classes"),
+        ({"settings": {}}, "its settings say nothing of seed"),
+        ({"rows": cut}, "3 bytes are not"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(ProbeError, match=said):
+            read_result(file)

@@ -1,9 +1,12 @@
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastjepa.data.packing.encode import Packing
+from fastjepa.data.packing.pack import pack
 from fastjepa.probe.data import open_probe_images
 from fastjepa.probe.subjects import ProbeError
 from tests.probe.conftest import NAMES
@@ -61,9 +64,27 @@ def test_what_is_refused_says_what_to_do(folder: Path, tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], None, "is not a folder"),
         ([single], None, "has one image of coat, and a class needs two"),
         ([folder, other], None, "have other classes; in one of them only: cloak, coat"),
+        ([folder, folder], None, "is given to learn from and to be tested on"),
         ([folder] * 3, None, "--data has 3 folders: give one, or two"),
         ([folder], 3, "3 images to learn from hold 3 of 5 classes: give more images"),
         ([], None, "a file does not say which images to use: give --data FOLDER"),
     ):
         with pytest.raises(ProbeError, match=said.replace(".", r"\.")):
             open_probe_images([str(f) for f in folders], None, 1, 0, train_images=limit)
+
+
+def test_shards_are_images_as_their_folder_is(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "packed", Packing())
+    images = open_probe_images([str(tmp_path / "packed")], None, 1, seed=0)
+    assert (len(images.train), len(images.test)) == (50, 10)
+    assert list(images.test.class_names or ()) == list(NAMES)
+    again = open_probe_images([str(tmp_path / "packed")], None, 1, seed=0)
+    assert again.fingerprint == images.fingerprint
+    assert open_probe_images([str(tmp_path / "packed")], None, 1, seed=1).fingerprint != images.fingerprint
+
+
+def test_odd_names_and_files_that_are_gone_are_fingerprinted(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "odd")
+    before = open_probe_images([str(tmp_path / "odd")], None, 1, seed=0).fingerprint
+    (tmp_path / "odd" / "bag" / os.fsdecode(b"gone\xff.png")).symlink_to("nowhere.png")
+    assert open_probe_images([str(tmp_path / "odd")], None, 1, seed=0).fingerprint != before

@@ -19,6 +19,7 @@ from fastjepa.interop import save_official
 from fastjepa.interop.start import load_trained
 from fastjepa.probe.data import open_probe_images
 from fastjepa.probe.extract import Wanted, extract, keeps_tokens, token_batches
+from fastjepa.probe.protocols import Settings, check_settings
 from fastjepa.probe.results import Result, read_result
 from fastjepa.probe.subjects import ProbeError, open_trained, subject_of
 
@@ -254,3 +255,24 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
         assert err.count("\n") == 1
     assert not (tmp_path / "no.json").exists()
     assert not (run / "probe").exists()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [("linear", "there is one image of each class"), ("low-shot", "of the labels are 0 images")],
+)
+def test_one_image_of_each_class_is_too_few(protocol: str, said: str) -> None:
+    settings = Settings(protocols=(protocol,))
+    with pytest.raises(ProbeError, match=said):
+        check_settings(settings, torch.arange(25))
+
+
+def test_what_is_left_of_unreadable_images_is_looked_at_again(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "images")
+    next((tmp_path / "images" / "bag").glob("*.png")).write_bytes(b"")
+    command = ["probe", str(run), "--encoder", "target", "--data", str(tmp_path / "images"), str(folder)]
+    out = ["--device", "cpu", "--protocol", "knn", "--k", "60", "--out", str(tmp_path / "x.json")]
+    assert main([*command, *out]) == 1
+    assert "k of 60 neighbours, and the bank holds 59 images" in capsys.readouterr().err

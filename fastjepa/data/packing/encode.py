@@ -13,6 +13,8 @@ from fastjepa.data.workers import note
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # the others' are their names
 
+_LONGEST = 65_500  # pixels of a side that libjpeg encodes
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -80,7 +82,8 @@ def encode(content: bytes, number: int, packing: Packing, path: str) -> Encoded:
         path: what errors call it.
 
     Raises:
-        UnreadableImage: as of `decode_image`; files that are copied are decoded too.
+        UnreadableImage: as of `decode_image`; files that are copied are decoded too. Or a side is longer
+            than a JPEG may have.
     """
     side = packing.short_side
     if packing.copy_small:
@@ -96,5 +99,8 @@ def encode(content: bytes, number: int, packing: Packing, path: str) -> Encoded:
         reduced = (max(side, round(image.width * ratio)), max(side, round(image.height * ratio)))
         image = image.resize(reduced, Image.Resampling.BICUBIC, reducing_gap=3)
     out = BytesIO()
-    image.save(out, "JPEG", quality=packing.quality)
+    with unreadable_unless_good(path):
+        if max(image.size) > _LONGEST:
+            raise ValueError(f"{image.width} x {image.height} pixels are too long for a JPEG")
+        image.save(out, "JPEG", quality=packing.quality)
     return Encoded(number, out.getvalue())

@@ -1,5 +1,6 @@
 """What a pack has done so far, so that it can be killed at any moment and go on."""
 
+import errno
 import fcntl
 import json
 import os
@@ -70,9 +71,9 @@ def open_journal(out: Path, images: ImageFolder, packing: Packing) -> Iterator[J
     out.mkdir(parents=True, exist_ok=True)
     path = out / JOB_NAME
     if not path.exists():
-        if any(out.iterdir()):
-            raise PackError(f"{out} is not empty and holds no pack that was begun; give a new folder")
         half = path.with_name(f"{JOB_NAME}.tmp")
+        if any(there != half for there in out.iterdir()):  # killed at once, it leaves that
+            raise PackError(f"{out} is not empty and holds no pack that was begun; give a new folder")
         half.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         half.replace(path)
     with path.open("r+", encoding="utf-8") as lock:
@@ -80,6 +81,8 @@ def open_journal(out: Path, images: ImageFolder, packing: Packing) -> Iterator[J
             # Not flock: workers would inherit it, and hold it for a moment after this process is killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a drive that has no locks
+                raise
             raise PackError(f"another process is packing into {out}") from error
         _check_same(out, json.load(lock), job)
         yield Journal(out, _settle(out, list(_read(out / JOURNAL_NAME))))

@@ -49,11 +49,12 @@ def pack(
 
     Raises:
         NotADirectoryError, ValueError: there is no such folder, no image below it, or parts of a data set.
-        PackError: `out` cannot be used, or no image could be read.
+        PackError: `out` cannot be used, a class has a line break in its name, or no image could be read.
         OSError: the drive fails or is full. What was finished stays, and the same call goes on.
     """
     images = ImageFolder(folder)
     check_no_splits(images)
+    _check_lines(images)
     with open_journal(out, images, packing) as journal:
         if images.class_names is not None:
             _write_text(out / CLASSES_NAME, "".join(f"{name}\n" for name in images.class_names))
@@ -80,6 +81,15 @@ def pack(
         write_index(index_shards([str(out / e.shard) for e in journal.entries if e.images]), out / INDEX_NAME)
         write_report(report, out)
     return report
+
+
+def _check_lines(images: ImageFolder) -> None:
+    for name in images.class_names or ():
+        if "\n" in name or "\r" in name:
+            raise PackError(
+                f"the name of the class folder {name!r} has a line break in it, and classes.txt holds a name "
+                "in each line: rename the folder"
+            )
 
 
 def _order(images: int, packing: Packing) -> torch.Tensor:
@@ -148,5 +158,5 @@ def _whole(members: int) -> int:
 
 def _write_text(path: Path, text: str) -> None:
     half = path.with_name(f"{path.name}.tmp")
-    half.write_text(text, encoding="utf-8")
+    half.write_text(text, encoding="utf-8", errors="surrogateescape")  # names as the drive has them
     half.replace(path)

@@ -59,7 +59,8 @@ class Report:
 def write_report(report: Report, out: Path) -> None:
     half = out / f"{REPORT_NAME}.tmp"
     content = asdict(report) | {"reasons": report.reasons}
-    half.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    half.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are no UTF-8
     half.replace(out / REPORT_NAME)
 
 

@@ -84,7 +84,8 @@ def _class_names(shard: str, largest: int) -> tuple[str, ...]:
     path = Path(folder_of(shard)) / CLASSES_NAME
     if is_url(shard) or not path.exists():
         return tuple(map(str, range(largest + 1)))
-    names = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines: to it some characters that names may hold end a line too.
+    names = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
     if len(names) <= largest:
         raise ShardError(
             f"{path} names {len(names)} classes, and an image has the label {largest}: it is not of these "

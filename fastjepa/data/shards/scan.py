@@ -54,7 +54,7 @@ def scan_shard(stream: BinaryIO, shard: str, length: int, with_labels: bool = Tr
     found = Found()
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            members = (member for member in _members(tar, shard, length) if member.isfile())
+            members = (member for member in _members(tar, shard, length) if _is_wanted(member))
             for key, sample in groupby(members, lambda member: _split(member.name)[0]):
                 _add(found, tar, shard, key, list(sample), with_labels)
     except tarfile.TarError as error:
@@ -63,6 +63,11 @@ def scan_shard(stream: BinaryIO, shard: str, length: int, with_labels: bool = Tr
             "compressed; if it was cut off, write or copy it again"
         ) from error
     return found
+
+
+def _is_wanted(member: tarfile.TarInfo) -> bool:
+    """A file, and none that tar on macOS puts beside every other, `._0001.jpg`, which is no image."""
+    return member.isfile() and not member.name.rpartition("/")[2].startswith(".")
 
 
 def _members(tar: tarfile.TarFile, shard: str, length: int) -> Iterator[tarfile.TarInfo]:

@@ -130,12 +130,17 @@ class RangeReader:
 
         Raises:
             OSError: a local file cannot be read.
-            StoreError: a store does not answer, tried four times.
+            StoreError: a store does not answer, tried four times, or gives more than the piece.
         """
         if not is_url(place):
             return self._pread(place, offset, size)
         files, path = filesystem(place)
         content: bytes = _persistently(lambda: files.cat_file(path, start=offset, end=offset + size), place)
+        if len(content) > size:
+            raise StoreError(
+                f"{place}: {len(content):,} bytes came where {size:,} were asked for. Its server knows no "
+                "range requests (python -m http.server does not): use one that does, or copy the shards here"
+            )
         return content
 
     def _pread(self, place: str, offset: int, size: int) -> bytes:

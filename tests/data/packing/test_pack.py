@@ -246,3 +246,44 @@ def test_a_full_drive_leaves_what_was_finished(folder: Path, packed: Path, tmp_p
     assert not shards_of(out)
     assert pack(folder, out, SMALL).packed == 120
     assert shards_of(out) == shards_of(packed)
+
+
+def test_an_image_too_long_for_a_jpeg_is_skipped_and_does_not_end_the_pack(tmp_path: Path) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    Image.new("L", (1, 70_000)).save(images / "class_0" / "long.png")
+    report = pack(images, tmp_path / "out", SMALL)
+    assert report.packed == 4
+    assert report.skipped == {
+        str(images / "class_0" / "long.png"): "ValueError: 1 x 70000 pixels are too long for a JPEG"
+    }
+
+
+def test_names_are_kept_whatever_they_hold(tmp_path: Path) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    names = "a\u2028b", os.fsdecode(b"c\xff")
+    for number, name in enumerate(names):
+        (images / f"class_{number}").rename(images / name)
+    bad = images / os.fsdecode(b"bad\xff.jpg")
+    for folder in names:
+        (images / folder / bad.name).write_bytes(b"no image")
+    report = pack(images, tmp_path / "out", SMALL)
+    assert (report.packed, len(report.skipped)) == (4, 2)
+    assert set(json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["skipped"]) == set(
+        report.skipped
+    )
+    assert ShardSet(tmp_path / "out").class_names == tuple(sorted(names))
+
+
+def test_a_class_that_is_no_line_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    (images / "class_0").rename(images / "class\n0")
+    with pytest.raises(PackError, match=r"class folder 'class\\n0' has a line break .* rename the folder"):
+        pack(images, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_before_it_began_it_begins(tmp_path: Path) -> None:
+    images = write_photos(tmp_path / "images", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pack.json.tmp").write_text("{")
+    assert pack(images, tmp_path / "out", SMALL).packed == 4

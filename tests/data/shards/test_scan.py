@@ -103,3 +103,10 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(ShardError, match="truncated or damaged at byte 1,024"):
         scan(path)
+
+
+def test_what_macos_puts_beside_every_file_is_no_image(tmp_path: Path) -> None:
+    names = "._a.jpg", "a.jpg", "._a.cls", "a.cls", "b/._c.jpg", "b/c.jpg", "b/c.cls"
+    shard = write_shard(tmp_path / "a.tar", dict.fromkeys(names, b"1"))
+    found = scan(shard)
+    assert (found.names, found.labels) == (["a.jpg", "b/c.jpg"], [1, 1])

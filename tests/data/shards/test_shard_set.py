@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -151,3 +154,22 @@ def test_webdataset_reads_what_we_pack(folder: Path, shards: Path) -> None:
     assert [sample["jpg"] for sample in samples] == [images.encoded(i) for i in range(40)]
     assert images.labels is not None
     assert [int(sample["cls"]) for sample in samples] == images.labels.tolist()
+
+
+def test_a_server_that_knows_no_ranges_is_named(shards: Path, tmp_path: Path) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards))) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/{next(shards.glob('*.tar')).name}"
+            with pytest.raises(
+                StoreError, match=r"bytes came where 9 were asked for\. Its server knows no range"
+            ):
+                RangeReader().read(url, 512, 9)
+        finally:
+            server.shutdown()
+            thread.join()
