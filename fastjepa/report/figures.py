@@ -18,7 +18,7 @@ from fastjepa.report.load import Metrics, Summary
 from fastjepa.report.verdict import BASELINES, TRAINED
 
 INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
-BLUE, LIGHT_BLUE, RED = "#17669b", "#6ea0c4", "#b8432f"
+BLUE, LIGHT_BLUE, RED, GREEN = "#17669b", "#6ea0c4", "#b8432f", "#2b7f5c"
 WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
 FONT = 9.5  # points: 12 pixels or more where the page is 375 wide and a picture 333
 _DASHED = (0, (4, 3))
@@ -27,12 +27,12 @@ _DASHED = (0, (4, 3))
 RANKS = [
     ("token_rankme", "target tokens", BLUE),
     ("rankme", "pooled images", INK),
-    ("prediction_rankme", "predictions", LIGHT_BLUE),
+    ("prediction_rankme", "predictions", GREEN),
 ]
 SPREADS = [
     ("target_std", "all tokens", BLUE),
     ("between_image_std", "images", INK),
-    ("prediction_std", "predictions", LIGHT_BLUE),
+    ("prediction_std", "predictions", GREEN),
 ]
 SPEEDS = [("images_per_second", "images per second", 1.0), ("data_wait_fraction", "data wait, %", 100.0)]
 SCHEDULES = [
@@ -127,8 +127,9 @@ def probe_bars(summary: Summary) -> Figure | None:
         axes.grid(axis="y", visible=False)
         axes.set_title(title, loc="left", fontsize=FONT, weight="bold", color=INK)
         for y, (name, value) in enumerate(bars):
-            axes.barh(y, value, height=0.66, color=BLUE if name == TRAINED[0] else LIGHT_BLUE)
-            axes.text(1.5, y, f"{value:.1f}", va="center", color="white", weight="bold", fontsize=FONT)
+            bar, ink = (BLUE, "white") if name == TRAINED[0] else (LIGHT_BLUE, INK)
+            axes.barh(y, value, height=0.66, color=bar)
+            axes.text(1.5, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
         # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
         # so that no line crosses the label of another.
         bottom = len(bars) - 0.5

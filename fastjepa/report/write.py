@@ -152,7 +152,7 @@ def _patches(run: Run) -> list[Picture]:
     else:
         colours = [patches.BLOCK_COLOURS[i % len(patches.BLOCK_COLOURS)] for i in range(len(last.targets))]
         chips = " ".join(
-            f'<span class="chip" style="color:{colour}">{i}</span>'
+            f'<span class="chip"><span class="swatch" style="color:{colour}"></span>{i}</span>'
             for i, colour in enumerate(colours, start=1)
         )
         what = f"Outlined: the blocks to predict, {chips}"
