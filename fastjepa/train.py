@@ -33,6 +33,7 @@ from fastjepa.engine.build import (
     build_schedule,
 )
 from fastjepa.engine.checkpoints.checkpoint import CheckpointError, list_checkpoints
+from fastjepa.engine.clock import StepClock
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.folder import folder_of
 from fastjepa.engine.images import open_images
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 def pretrain(config: Config, world: World, stop: StopRequest) -> int:
     """One run, or the rest of one; the exit status."""
+    clock = StepClock()
     # Whatever does not fit together is refused here, before anything is written.
     images, masks, augmentation = open_images(config), build_masks(config), build_augmentation(config)
     order = build_order(config, len(images.train), images.shard_ends)
@@ -130,7 +132,18 @@ def pretrain(config: Config, world: World, stop: StopRequest) -> int:
         preferred_kernels(config),
     ):
         run = Run(
-            config, world, folder, console, images, masks, augmentation, order, schedule, stop, tracking
+            config,
+            world,
+            folder,
+            console,
+            images,
+            masks,
+            augmentation,
+            order,
+            schedule,
+            stop,
+            tracking,
+            clock,
         )
         run.judge_baselines(model)
         learner = start_learner(model, config, world)
@@ -164,14 +177,14 @@ def fit(run: Run, learner: Learner) -> None:
     run.judge_if_due(
         learner, max(run.position.step - 1, 0)
     )  # it may have been killed between saving and judging
-    run.clock.lap()
+    run.note_times(starting=True)
     call: int = Call.GO_ON
     failure: Exception | None = None
     while call == Call.GO_ON and run.position.step < run.schedule.steps:
         with closing(batches_of(run)) as batches:
             call, failure = train_on(run, learner, batches)
     run.hear_last(learner)
-    with run.world.activity.during(Doing.SAVING):
+    with run.clock.paused("saving"), run.world.activity.during(Doing.SAVING):
         is_saved = run.save_last(learner)
     if not is_saved:
         raise CheckpointError(f"the last checkpoint could not be written to {run.folder.checkpoints}")
@@ -210,11 +223,10 @@ def train_on(
                 break
         if learner.skipped_in_a_row:  # perhaps for what the weights are: kept and judged once one is not
             continue
-        with run.clock.paused():
-            if is_due(config.run.save_every, heeded, done):
-                with world.activity.during(Doing.SAVING):
-                    run.save(learner)
-            run.judge_if_due(learner, heeded)
+        if is_due(config.run.save_every, heeded, done):
+            with run.clock.paused("saving"), world.activity.during(Doing.SAVING):
+                run.save(learner)
+        run.judge_if_due(learner, heeded)
         heeded = done
     return Call.GO_ON, None
 

@@ -1,15 +1,28 @@
-"""`fastjepa report`: write the report of a run folder again."""
+"""`fastjepa report`: write the report of a run folder again, or keep it up with a run that is going."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fastjepa.commands.refusal import refuse
+from fastjepa.commands.refusal import count, refuse
+
+EVERY_S = 20  # a page takes some seconds of one core
 
 
 def add_to(commands: Any) -> None:
-    parser = commands.add_parser("report", help="write the report of a run again")
+    parser = commands.add_parser(
+        "report", help="write the report of a run again, or follow one that is going"
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument(
+        "--watch",
+        type=count,
+        nargs="?",
+        const=EVERY_S,
+        metavar="SECONDS",
+        help=f"write the page again as the run changes, every {EVERY_S} seconds at most, until the run ends",
+    )
     parser.set_defaults(do=run)
 
 
@@ -17,7 +30,30 @@ def run(options: argparse.Namespace) -> int:
     from fastjepa.report import write_report
 
     try:
+        if options.watch is not None:
+            return _watch(options.run, options.watch)
         print(f"Report: {write_report(options.run)}")
     except OSError as error:
         return refuse(error)
     return 0
+
+
+def _watch(run_dir: Path, every_s: int) -> int:
+    """Say where the page is, and then only how the run ended."""
+    from fastjepa.report.watch import watch_report
+
+    said = False
+    try:
+        with closing(watch_report(run_dir, every_s)) as pages:
+            for path, status in pages:
+                if not said:
+                    print(f"Report: {path}", flush=True)
+                    said = True
+                if not status.is_live:
+                    print(f"The run has {_AFTER[status.state]} at step {status.step:,}")
+    except KeyboardInterrupt:
+        print("\nThe page stays as it is; the same command follows the run again")
+    return 0
+
+
+_AFTER = {"ended": "ended", "stopped": "been stopped", "broken off": "broken off"}

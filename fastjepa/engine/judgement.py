@@ -12,6 +12,7 @@ from fastjepa.data.views import read_views
 from fastjepa.data.workers import NotWanted
 from fastjepa.engine.build import build_model
 from fastjepa.engine.checkpoints.checkpoint import Position
+from fastjepa.engine.clock import Lap, add_times
 from fastjepa.engine.console import RunConsole
 from fastjepa.engine.disk import Disk
 from fastjepa.engine.folder import RunFolder, versions
@@ -21,6 +22,7 @@ from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
 from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.engine.processes.world import World
+from fastjepa.engine.snapshots import thin
 from fastjepa.engine.tracking import Tracking
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
 from fastjepa.masks import MaskSampler
@@ -39,6 +41,7 @@ class Judgement:
 
     Attributes:
         should_stop: whether the run has been told to.
+        planned_steps: of the whole run.
         summary: what report/summary.json holds.
         tracking: sends rows on.
         disk: knows what cannot be written.
@@ -53,6 +56,7 @@ class Judgement:
     metrics: MetricsFile
     should_stop: Callable[[], bool]
     tracking: Tracking
+    planned_steps: int
     summary: dict[str, Any] = field(default_factory=dict)
     _watch: CollapseWatch = field(default_factory=CollapseWatch)
 
@@ -101,15 +105,21 @@ class Judgement:
         return asdict(self.config.probe) | {"images": 0 if queries is None else len(queries)}
 
     def so_far(self, encoders: Encoders, position: Position) -> None:
-        """On a part of the labelled images, unless it is written already; training goes on if that fails.
+        """On a part of the labelled images, and a picture of the features, unless it is written already.
+
+        Training goes on if that fails.
 
         Raises:
             NonFinite: there is nothing to judge any more.
         """
-        if self.judge is None or self.metrics.has(position.step, "knn_top1"):
+        if self.metrics.has(position.step, "knn_top1"):
             return
         try:
-            verdict = self.judge.encoder("so far", encoders.judged, quick=True)
+            if self.judge is not None:
+                verdict = self.judge.encoder("so far", encoders.judged, quick=True)
+                self._write_verdict(verdict, position)
+                self.console.show_verdict(position.step, verdict)
+            self._snapshot(encoders.judged, position)
         except NotWanted:
             return
         except NonFinite:
@@ -117,9 +127,6 @@ class Judgement:
         except Exception as error:  # a drive that fails, or a device that is full: no reason to lose a run
             what = f"{type(error).__name__}: {error}"
             self.console.warn(f"step {position.step} is not judged, and training goes on: {what}")
-            return
-        self._write_verdict(verdict, position)
-        self.console.show_verdict(position.step, verdict)
 
     def final(self, encoders: Encoders, position: Position) -> None:
         """Beside the baselines, and a picture of the features."""
@@ -166,6 +173,14 @@ class Judgement:
         )
         self.tracking.send(finite)
 
+    def spend(self, lap: Lap, *, starting: bool) -> None:
+        """Note what a process spent before its first step or after its last, in the summary."""
+        if not self.summary:  # told to stop before it was written: the next process begins it
+            return
+        self.summary["spent_s"] = add_times(self.summary.get("spent_s", {}), lap, starting=starting)
+        self.summary["planned_steps"] = self.planned_steps
+        self._write_summary()
+
     def _write_verdict(self, verdict: Verdict, position: Position) -> None:
         self.write({"step": position.step, "images": position.images_seen, **verdict.as_metrics()})
 
@@ -183,6 +198,7 @@ class Judgement:
             "name": self.config.run.name,
             "objective": self.config.objective.name,
             "steps": position.step,
+            "planned_steps": self.planned_steps,
             "images": position.images_seen,
             "train_s": position.train_s,
             "precision": self.config.optim.precision,
@@ -215,3 +231,4 @@ class Judgement:
             ),
             f"the report will lack the pictures of step {position.step}",
         )
+        thin(self.folder.snapshots)

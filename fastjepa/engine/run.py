@@ -39,6 +39,7 @@ from fastjepa.engine.processes.stopping import NonFinite, StopRequest
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.recorder import Recorder
 from fastjepa.engine.schedules import Rates, Schedule, is_due
+from fastjepa.engine.snapshots import cut_after
 from fastjepa.engine.spikes import Spike, seen_within
 from fastjepa.engine.tracking import Tracking
 from fastjepa.masks import MaskSampler
@@ -101,6 +102,7 @@ class Run:
             self.metrics,
             self.stop.is_made,
             self.tracking,
+            self.schedule.steps,
         )
 
     def judge_baselines(self, model: JEPA | MAE) -> None:
@@ -109,7 +111,8 @@ class Run:
         Args:
             model: at the start of the run, whose weights may come from `run.init_from`.
         """
-        self.world.on_main(lambda: self.judgement.baselines(model, self.position))
+        with self.clock.paused("judging"):
+            self.world.on_main(lambda: self.judgement.baselines(model, self.position))
 
     def resume(self, learner: Learner) -> None:
         """Take up the newest good checkpoint of the folder, if there is one, and be ready to save.
@@ -150,12 +153,13 @@ class Run:
             self.console.say(f"Resuming at {where} from {checkpoint.path}")
 
     def cut_metrics(self) -> None:
-        """Drop the rows after the present position, which come again."""
+        """Drop rows and snapshots after the present position, which come again."""
         path, step = self.metrics.path, self.position.step
         otherwise = f"the rows after step {step} stay until it can be"
         self.world.on_main(
             lambda: self.judgement.disk.attempt(path, lambda: self.metrics.cut_after(step), otherwise)
         )
+        self.world.on_main(lambda: cut_after(self.folder.snapshots, step))
         self.tracking.cut_after(step)
 
     def _newest_good(self) -> tuple[Path | None, list[str]]:
@@ -301,6 +305,8 @@ class Run:
             "grad_norm": float(learner.grad_norm),
             "images_per_second": interval.steps * self.config.optim.global_batch / lap.train_s,
             "data_wait_fraction": lap.wait_s / lap.train_s,
+            "judge_s": lap.judge_s,  # since the row before, as the next
+            "save_s": lap.save_s,
             "context_tokens": interval.context_tokens,
             "target_tokens": interval.target_tokens,
             "target_std": interval.signs.target_std,
@@ -330,9 +336,15 @@ class Run:
             NonFinite: there is nothing to judge any more.
         """
         if is_due(self.config.probe.every_steps, heeded, self.position.step):
-            self.losses.since_log(self.position)
-            encoders = learner.encoders()
-            self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))
+            with self.clock.paused("judging"):
+                self.losses.since_log(self.position)
+                encoders = learner.encoders()
+                self.world.on_main(lambda: self.judgement.so_far(encoders, self.position))
+
+    def note_times(self, *, starting: bool) -> None:
+        """Note what this process spent before its first step, or since its last row of metrics."""
+        lap = self.clock.lap()
+        self.world.on_main(lambda: self.judgement.spend(lap, starting=starting))
 
     def conclude(self, learner: Learner) -> bool:
         """The last judgement, beside the baselines, and a picture of the features.
@@ -341,8 +353,10 @@ class Run:
             Whether it was made, on all ranks alike; False if rank 0 has been told to stop.
         """
         self.unreadable = set().union(*self.world.gather(sorted(self.unreadable)))
-        encoders = learner.encoders()
-        is_made = self.world.on_main(lambda: self._conclude(encoders))
+        with self.clock.paused("judging"):
+            encoders = learner.encoders()
+            is_made = self.world.on_main(lambda: self._conclude(encoders))
+        self.note_times(starting=False)
         return not self.world.worst(int(is_made is False))
 
     def _conclude(self, encoders: Encoders) -> bool:

@@ -15,8 +15,10 @@ def patch_pca(features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]
     """Colours for the patch features of the same images at several times.
 
     Each time has a PCA of its own, over all patches of all its images, because features of two
-    times do not share a basis. The sign of a component means nothing and is chosen so that a colour
-    agrees as well as it can with the time before.
+    times do not share a basis. What a PCA leaves open, signs and, where components are alike in size,
+    their order, is chosen so that colours agree as well as they can with the last time: its three
+    components, each of unit deviation, are turned by the orthogonal matrix of least squares (Procrustes).
+    So one hue may be followed over time as far as the patches it stands for stay together.
 
     Args:
         features: one [n, N, D] per time, any float type, the same images in the same order;
@@ -30,8 +32,7 @@ def patch_pca(features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]
     Raises:
         ValueError: a shape that is not [n, N, D] with the n of the others, or a feature that is not finite.
     """
-    pictures: list[Tensor] = []
-    before = None
+    scores: list[Tensor] = []
     for z in features:
         if z.ndim != 3 or z.shape[1] != grid[0] * grid[1] or len(z) != len(features[0]):
             raise ValueError(
@@ -40,23 +41,29 @@ def patch_pca(features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]
             )
         if not torch.isfinite(z).all():
             raise ValueError("the patch features are not all finite: the encoder has diverged")
-        scores = _three_components(z.double().flatten(0, 1))  # [n*N, 3]
-        if before is not None:
-            scores = scores * _sign((scores * before).sum(dim=0))
-        before = scores
-        pictures.append(_to_unit_range(scores).float().unflatten(0, (len(z), *grid)))  # [n, h, w, 3]
-    return pictures
+        scores.append(_three_components(z.double().flatten(0, 1)))  # [n*N, 3]
+    turned = [_turned(time, scores[-1]) for time in scores]
+    return [_to_unit_range(time).float().unflatten(0, (-1, *grid)) for time in turned]  # [n, h, w, 3]
 
 
 def _three_components(rows: Tensor) -> Tensor:
-    """Scores [r, 3] of rows [r, D] on their first components, each with its larger tail positive."""
+    """Scores [r, 3] of rows [r, D] on their first components, of unit deviation, larger tail positive."""
     size = rows.abs().max()
     rows = rows - rows.mean(dim=0)
     _, directions = torch.linalg.eigh(rows.T @ rows)  # [D, D], ascending
     scores = rows @ directions.flip(1)[:, :3]  # [r, 3], or fewer when D < 3
     scores = scores * _sign(scores.pow(3).sum(dim=0))
-    scores = torch.where(scores.std(dim=0) > _FLAT * size, scores, 0.0)
+    deviation = scores.std(dim=0)
+    scores = torch.where(deviation > _FLAT * size, scores / deviation, 0.0)
     return torch.nn.functional.pad(scores, (0, 3 - scores.shape[1]))
+
+
+def _turned(scores: Tensor, reference: Tensor) -> Tensor:
+    """Scores [r, 3] turned to agree with the reference; only signs change where a component is missing."""
+    if all(bool(time.any(dim=0).all()) for time in (scores, reference)):
+        left, _, right = torch.linalg.svd(scores.T @ reference)  # [3, 3]
+        return scores @ left @ right
+    return scores * _sign((scores * reference).sum(dim=0))
 
 
 def _to_unit_range(scores: Tensor) -> Tensor:

@@ -18,9 +18,28 @@ from fastjepa.report.load import Metrics, Summary
 from fastjepa.report.verdict import BASELINES, TRAINED
 
 INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
-BLUE, LIGHT_BLUE, RED = "#17669b", "#6ea0c4", "#b8432f"
+BLUE, LIGHT_BLUE, RED, GREEN = "#17669b", "#6ea0c4", "#b8432f", "#2b7f5c"
 WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
+FONT = 9.5  # points: 12 pixels or more where the page is 375 wide and a picture 333
 _DASHED = (0, (4, 3))
+
+# Lines of the charts: key, name, colour; or key, name, factor.
+RANKS = [
+    ("token_rankme", "target tokens", BLUE),
+    ("rankme", "pooled images", INK),
+    ("prediction_rankme", "predictions", GREEN),
+]
+SPREADS = [
+    ("target_std", "all tokens", BLUE),
+    ("between_image_std", "images", INK),
+    ("prediction_std", "predictions", GREEN),
+]
+SPEEDS = [("images_per_second", "images per second", 1.0), ("data_wait_fraction", "data wait, %", 100.0)]
+SCHEDULES = [
+    ("lr", "learning rate", 1.0),
+    ("weight_decay", "weight decay", 1.0),
+    ("momentum", "target momentum", 1.0),
+]
 
 
 def to_png(figure: Figure) -> bytes:
@@ -33,7 +52,7 @@ def to_png(figure: Figure) -> bytes:
 
 def loss_curve(metrics: Metrics) -> Figure | None:
     """Loss over images seen: every logged value, and their running mean once there are many."""
-    x, loss = _series(metrics, "loss")
+    x, loss = series(metrics, "loss")
     if len(x) == 0:
         return None
     figure, axes = _panel(metrics)
@@ -53,7 +72,7 @@ def loss_curve(metrics: Metrics) -> Figure | None:
 
 def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
     """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed."""
-    x, y = _series(metrics, key)
+    x, y = series(metrics, key)
     if len(x) == 0:
         return None
     figure, axes = _panel(metrics)
@@ -69,43 +88,28 @@ def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
 
 def rank_curve(metrics: Metrics) -> Figure | None:
     """RankMe of tokens, of predictions and of pooled images, and the limit of the first."""
-    lines = [
-        ("token_rankme", "target tokens", BLUE),
-        ("rankme", "pooled images", INK),
-        ("prediction_rankme", "predictions", LIGHT_BLUE),
-    ]
-    _, rank = _series(metrics, "token_rankme")
+    _, rank = series(metrics, "token_rankme")
     limits = [(RANKME_FALL * rank[0], "tokens")] if len(rank) else []
-    return _watched(metrics, lines, "RankMe, dimensions", limits)
+    return _watched(metrics, RANKS, "RankMe, dimensions", limits)
 
 
 def std_curve(metrics: Metrics) -> Figure | None:
     """Deviation over all tokens, over images and of the predictions, and the limits of the first two."""
-    lines = [
-        ("target_std", "all tokens", BLUE),
-        ("between_image_std", "images", INK),
-        ("prediction_std", "predictions", LIGHT_BLUE),
-    ]
-    limits = [(TARGET_STD_LOW, "tokens")] if len(_series(metrics, "target_std")[0]) else []
-    _, between = _series(metrics, "between_image_std")
+    limits = [(TARGET_STD_LOW, "tokens")] if len(series(metrics, "target_std")[0]) else []
+    _, between = series(metrics, "between_image_std")
     if len(between):
         limits.append((BETWEEN_IMAGES_FALL * between[0], "images"))
-    return _watched(metrics, lines, "standard deviation", limits)
+    return _watched(metrics, SPREADS, "standard deviation", limits)
 
 
 def speed_curve(metrics: Metrics) -> Figure | None:
     """Images per second, and under it the share of the time spent waiting for data."""
-    return _stacked(
-        metrics, [("images_per_second", "images per second", 1), ("data_wait_fraction", "data wait, %", 100)]
-    )
+    return _stacked(metrics, SPEEDS)
 
 
 def schedule_curves(metrics: Metrics) -> Figure | None:
     """Learning rate, weight decay and momentum of the target encoder."""
-    return _stacked(
-        metrics,
-        [("lr", "learning rate", 1), ("weight_decay", "weight decay", 1), ("momentum", "target momentum", 1)],
-    )
+    return _stacked(metrics, SCHEDULES)
 
 
 def probe_bars(summary: Summary) -> Figure | None:
@@ -121,10 +125,11 @@ def probe_bars(summary: Summary) -> Figure | None:
     for axes, (key, title, bars) in zip(_rows(figure, len(measured)), measured, strict=True):
         _tidy(axes)
         axes.grid(axis="y", visible=False)
-        axes.set_title(title, loc="left", fontsize=9, weight="bold", color=INK)
+        axes.set_title(title, loc="left", fontsize=FONT, weight="bold", color=INK)
         for y, (name, value) in enumerate(bars):
-            axes.barh(y, value, height=0.66, color=BLUE if name == TRAINED[0] else LIGHT_BLUE)
-            axes.text(1.5, y, f"{value:.1f}", va="center", color="white", weight="bold", fontsize=9)
+            bar, ink = (BLUE, "white") if name == TRAINED[0] else (LIGHT_BLUE, INK)
+            axes.barh(y, value, height=0.66, color=bar)
+            axes.text(1.5, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
         # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
         # so that no line crosses the label of another.
         bottom = len(bars) - 0.5
@@ -140,7 +145,7 @@ def probe_bars(summary: Summary) -> Figure | None:
                 ha=align,
                 va="center",
                 color=INK,
-                fontsize=8.5,
+                fontsize=FONT,
             )
         axes.set_xlim(0, 100)
         axes.set_ylim(bottom, -0.7 - 0.62 * len(baselines))
@@ -171,7 +176,7 @@ def _watched(
     figure, axes = _panel(metrics)
     labels = []
     for key, name, colour in lines:
-        x, y = _series(metrics, key)
+        x, y = series(metrics, key)
         if len(x):
             axes.plot(x, y, color=colour, linewidth=1.6)
             labels.append((y[-1], f"{name} {y[-1]:.3g}", colour))
@@ -186,18 +191,18 @@ def _watched(
     return figure
 
 
-def _stacked(metrics: Metrics, panels: list[tuple[str, str, int]]) -> Figure | None:
+def _stacked(metrics: Metrics, panels: list[tuple[str, str, float]]) -> Figure | None:
     """Small panels (key, title, factor) above one another, over the same images."""
-    panels = [panel for panel in panels if len(_series(metrics, panel[0])[0])]
+    panels = [panel for panel in panels if len(series(metrics, panel[0])[0])]
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
     for axes, (key, title, factor) in zip(_rows(figure, len(panels)), panels, strict=True):
-        x, y = _series(metrics, key)
+        x, y = series(metrics, key)
         y = y * factor
         _tidy(axes)
         axes.plot(x, y, color=BLUE, linewidth=1.4)
-        axes.set_title(title, loc="left", fontsize=8.5, color=MUTED, pad=3)
+        axes.set_title(title, loc="left", fontsize=FONT, color=MUTED, pad=3)
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         if key != "momentum" and y.max() > 0:  # momentum lives between .99 and 1
@@ -229,9 +234,9 @@ def _images_axis(axes: Axes, metrics: Metrics) -> None:
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
+    axes.tick_params(length=0, colors=MUTED, labelsize=FONT)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=MUTED, fontsize=9)
+        label.set(color=MUTED, fontsize=FONT)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -241,9 +246,9 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
     labels = sorted(labels)
     axes.autoscale_view()  # limits are set lazily, and the last line drawn would not count yet
     to_axes = axes.transData + axes.transAxes.inverted()
-    heights = _spread([float(to_axes.transform((0, value))[1]) for value, _, _ in labels], gap=0.085)
+    heights = _spread([float(to_axes.transform((0, value))[1]) for value, _, _ in labels], gap=0.1)
     for height, (_, text, colour) in zip(heights, labels, strict=True):
-        axes.text(1.02, height, text, color=colour, transform=axes.transAxes, va="center", fontsize=8.5)
+        axes.text(1.02, height, text, color=colour, transform=axes.transAxes, va="center", fontsize=FONT)
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
@@ -257,7 +262,7 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     return heights
 
 
-def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
     """What was logged under `key` and is finite, and where: after how many images, or steps."""
     points = [
         (row.get("images", row["step"]), row[key]) for row in metrics if math.isfinite(row.get(key, math.nan))

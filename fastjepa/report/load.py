@@ -34,7 +34,9 @@ class Summary:
     objective: str = ""
     steps: int | None = None
     images: int | None = None
+    planned_steps: int | None = None
     train_s: float | None = None
+    spent_s: dict[str, float] = field(default_factory=dict)  # outside of what the rows of metrics cover
     precision: str = ""
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -103,7 +105,11 @@ def load_run(run_dir: Path) -> Run:
         "the run has not ended, or ended early, and the trained encoder has not been probed",
     )
     paths = sorted((run_dir / "report" / "snapshots").glob("*.safetensors"))
-    read = [attempt(_read_snapshot, path, None, "this snapshot is left out") for path in paths]
+    read = [
+        attempt(_read_snapshot, path, None, "this snapshot is left out")
+        for path in paths
+        if path.exists()  # a run that is going thins them
+    ]
     snapshots = sorted((snapshot for snapshot in read if snapshot is not None), key=lambda s: s.step)
     if not snapshots:
         notes.append("There are no snapshots in report/snapshots: no pictures of masks and features.")
@@ -137,7 +143,9 @@ def _read_summary(path: Path) -> Summary:
         objective=raw.get("objective", ""),
         steps=raw.get("steps"),
         images=raw.get("images"),
+        planned_steps=raw.get("planned_steps"),
         train_s=raw.get("train_s"),
+        spent_s=raw.get("spent_s") or {},
         precision=raw.get("precision", ""),
         device=raw.get("device", ""),
         versions=raw.get("versions") or {},

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastjepa.evaluation.pictures import patch_pca
-from fastjepa.report.figures import WIDTH_IN
+from fastjepa.report.figures import FONT, WIDTH_IN
 from fastjepa.report.load import Snapshot
 
 # Okabe and Ito's colours: told apart by colour-blind eyes too.
@@ -25,24 +25,45 @@ def mask_pictures(snapshot: Snapshot) -> list[Figure]:
     return [_mask_row(snapshot, images, chosen) for chosen in _rows_of_images(len(images))]
 
 
-def feature_pictures(snapshots: list[Snapshot]) -> list[Figure]:
-    """Images, and under them their patch features as colours, a row per snapshot; four images to a figure.
+def feature_colours(snapshots: list[Snapshot]) -> list[np.ndarray]:
+    """Patch features as colours, [n, h, w, 3] for each snapshot, those of the last as its basis.
 
     Raises:
         ValueError: the snapshots differ in images or grid, or features are not finite.
     """
-    names = ["image", *("start" if s.step == 0 else f"step {s.step:,}" for s in snapshots)]
+    return [colours.numpy() for colours in patch_pca([s.features for s in snapshots], snapshots[0].grid)]
+
+
+def agreement(colours: np.ndarray, last: np.ndarray) -> float:
+    """Mean correlation of the channels of two [n, h, w, 3]: 1 where they are the same, about 0 by luck.
+
+    A channel without variance agrees with nothing.
+    """
+    rows = [picture.reshape(-1, 3).astype(np.float64) for picture in (colours, last)]
+    one, other = (row - row.mean(axis=0) for row in rows)
+    size = np.sqrt((one**2).sum(axis=0) * (other**2).sum(axis=0))  # [3]
+    return float(np.divide((one * other).sum(axis=0), size, out=np.zeros(3), where=size > 0).mean())
+
+
+def when(snapshot: Snapshot) -> str:
+    """The step of a snapshot in words."""
+    return "start" if snapshot.step == 0 else f"step {snapshot.step:,}"
+
+
+def feature_pictures(snapshots: list[Snapshot], colours: list[np.ndarray]) -> list[Figure]:
+    """Images, and under them their features as colours, a row per snapshot; four images to a figure."""
+    names = ["image", *map(when, snapshots)]
     images = _rgb(snapshots[0].images)
-    rows = [images, *(p.numpy() for p in patch_pca([s.features for s in snapshots], snapshots[0].grid))]
+    rows = [images, *colours]
     figures = []
     for chosen in _rows_of_images(len(images)):
-        figure, grid = _picture_grid(len(rows), images.shape[1] / images.shape[2], left_in=0.22)
+        figure, grid = _picture_grid(len(rows), images.shape[1] / images.shape[2], left_in=0.24)
         for row, (pictures, name) in enumerate(zip(rows, names, strict=True)):
             for axes, index in zip(grid[row], chosen, strict=False):
                 axes.imshow(pictures[index], interpolation="nearest", extent=(0, 1, 1, 0), aspect="auto")
             first = grid[row, 0]
             first.text(
-                -0.08, 0.5, name, transform=first.transAxes, rotation=90, ha="right", va="center", size=7.5
+                -0.06, 0.5, name, transform=first.transAxes, rotation=90, ha="right", va="center", size=FONT
             )
         figures.append(figure)
     return figures

@@ -1,6 +1,6 @@
 """What the probes say in words: generated from the numbers, so that no win is claimed that is not there."""
 
-from fastjepa.report.load import Probe, Summary
+from fastjepa.report.load import Metrics, Probe, Summary
 
 TRAINED = ("trained target encoder", "trained context encoder", "trained encoder")  # the last of MAE
 BASELINES = ("raw pixels", "untrained encoder")
@@ -35,6 +35,16 @@ def verdict(summary: Summary) -> list[str]:
         if (value := getattr(trained, key)) is not None
     ]
     return [f"The {trained.name} {', and '.join(outcomes)}.", *numbers]
+
+
+def so_far(metrics: Metrics) -> str | None:
+    """The newest judgement of a run that has not ended; None if there is none."""
+    judged = [row for row in metrics if any(key in row for key in _MEASURES)]
+    if not judged:
+        return None
+    row = judged[-1]
+    numbers = [f"{measure} {percent(row[key])}" for key, measure in _MEASURES.items() if key in row]
+    return f"So far, at step {row['step']:,.0f} and judged on fewer images: {', '.join(numbers)}."
 
 
 def _outcome(trained: Probe, baseline: Probe | None, name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -9,19 +10,23 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
-from fastjepa.report import figures, patches
+from fastjepa.report import figures, patches, words
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
-from fastjepa.report.verdict import verdict
+from fastjepa.report.status import status_of
+from fastjepa.report.times import times
+from fastjepa.report.verdict import so_far, verdict
 
-_ALONG_THE_WAY = "On fewer images than the final probe. Dashed: the baselines, once the run has ended."
+_ALONG_THE_WAY = (
+    "Along the way on fewer images than at the end, and so a little lower. Dashed: the baselines, on as many "
+    "as at the end."
+)
 _SIGNS = tuple(field.name for field in fields(CollapseSigns))
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report/index.html`, and its pictures beside it as PNG files.
 
-    Reads `config.yaml`, `metrics.jsonl`, `report/summary.json` and `report/snapshots/*.safetensors`.
     It may be called while a run is going or after it broke off: the page says what is missing. The page
     holds its pictures and needs no other file. A file is replaced in one step, so that a reader sees
     the old one or the new one.
@@ -36,67 +41,104 @@ def write_report(run_dir: Path) -> Path:
         FileNotFoundError: there is no such folder.
         OSError: the report cannot be written.
     """
+    return put(compose(run_dir), run_dir)
+
+
+def compose(run_dir: Path) -> Page:
+    """Draw what is to be seen of a run as it is now, and find the words for it.
+
+    Reads `config.yaml`, `metrics.jsonl`, `report/summary.json` and `report/snapshots/*.safetensors`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     run = load_run(run_dir)
-    bars = _picture(
-        "Trained encoder against baselines",
-        "Classifiers on frozen features, judged on held-out images. "
-        "A bar that ends left of a dashed line is worse than that baseline.",
-        figures.probe_bars(run.summary),
-    )
-    page = Page(
+    status = status_of(run_dir, run)
+    sentences = verdict(run.summary)
+    if status.state != "ended" and (news := so_far(run.metrics)):
+        sentences.append(news)
+    return Page(
         run=run,
+        status=status,
+        written="" if status.state == "ended" else time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         warning=_warning(run),
-        verdict=verdict(run.summary),
-        bars=bars,
+        verdict=sentences,
+        bars=_chart(
+            "Trained encoder against baselines",
+            "Classifiers on frozen features, judged on held-out images. "
+            "A bar that ends left of a dashed line is worse than that baseline.",
+            figures.probe_bars(run.summary),
+            words.bars(run.summary),
+        ),
         curves=_curves(run),
+        times=times(run),
         patches=_patches(run),
     )
+
+
+def put(page: Page, run_dir: Path, refresh_s: int | None = None) -> Path:
+    """Write a page and its pictures; `refresh_s` as for `render`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
-    for picture in [*([bars] if bars else []), *page.curves, *page.patches]:
+    for picture in [*([page.bars] if page.bars else []), *page.curves, *page.patches]:
         name = re.sub(r"[^a-z0-9]+", "_", picture.title.lower()).strip("_")
         for number, png in enumerate(picture.pngs, start=1):
             suffix = "" if len(picture.pngs) == 1 else f"_{number}"
             _replace(report / f"{name}{suffix}.png", png)
     path = report / "index.html"
-    _replace(path, render(page).encode())
+    _replace(path, render(page, refresh_s).encode())
     return path
 
 
 def _curves(run: Run) -> list[Picture]:
     metrics, summary = run.metrics, run.summary
     pictures = [
-        _picture(
+        _chart(
             "Loss",
             "A low loss alone is no sign of learning: a collapsed target is the easiest to predict.",
             figures.loss_curve(metrics),
+            words.chart(metrics, [("loss", "Loss", 1)]),
         ),
-        _picture(
+        _chart(
             "Linear probe over training",
             _ALONG_THE_WAY,
             figures.probe_curve(metrics, summary, "linear_top1"),
+            words.chart(metrics, [("linear_top1", "Top-1 accuracy of the linear probe in %", 100)]),
         ),
-        _picture(
+        _chart(
             "kNN over training",
             _ALONG_THE_WAY,
             figures.probe_curve(metrics, summary, "knn_top1"),
+            words.chart(metrics, [("knn_top1", "Top-1 accuracy of kNN in %", 100)]),
         ),
-        _picture(
+        _chart(
             "Effective rank",
             "RankMe: how many dimensions are in use. Losing half is a warning; height proves nothing.",
             figures.rank_curve(metrics),
+            words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in figures.RANKS]),
         ),
-        _picture(
+        _chart(
             "Spread of the features",
             "Over all tokens, and between images: below its red line, they look alike to the target encoder.",
             figures.std_curve(metrics),
+            words.chart(metrics, [(key, f"Deviation of {name}", 1) for key, name, _ in figures.SPREADS]),
         ),
-        _picture(
+        _chart(
             "Speed",
             "Images per second over all devices, and the share of time spent waiting for data.",
             figures.speed_curve(metrics),
+            words.chart(metrics, figures.SPEEDS),
         ),
-        _picture("Schedules", "As set by the optimizer step.", figures.schedule_curves(metrics)),
+        _chart(
+            "Schedules",
+            "As set by the optimizer step.",
+            figures.schedule_curves(metrics),
+            words.chart(metrics, figures.SCHEDULES),
+        ),
     ]
     return [picture for picture in pictures if picture is not None]
 
@@ -104,13 +146,13 @@ def _curves(run: Run) -> list[Picture]:
 def _patches(run: Run) -> list[Picture]:
     if not run.snapshots:
         return []
-    first, last = run.snapshots[0], run.snapshots[-1]
+    last = run.snapshots[-1]
     if last.targets is None:
         what = "Everything outside is to be predicted."
     else:
         colours = [patches.BLOCK_COLOURS[i % len(patches.BLOCK_COLOURS)] for i in range(len(last.targets))]
         chips = " ".join(
-            f'<span class="chip" style="color:{colour}">{i}</span>'
+            f'<span class="chip"><span class="swatch" style="color:{colour}"></span>{i}</span>'
             for i, colour in enumerate(colours, start=1)
         )
         what = f"Outlined: the blocks to predict, {chips}"
@@ -118,23 +160,37 @@ def _patches(run: Run) -> list[Picture]:
         "Masks as sampled",
         f"In full: the patches that the context encoder sees. Faded: hidden from it. {what}",
         [figures.to_png(figure) for figure in patches.mask_pictures(last)],
+        words.masks(last),
     )
-    return [masks, _features(first, last)]
+    return [masks, _features(run.snapshots)]
 
 
-def _features(first: Snapshot, last: Snapshot) -> Picture:
+def _features(snapshots: list[Snapshot]) -> Picture:
     title = "Patch features as colours"
-    snapshots = [first] if first.step == last.step else [first, last]
     try:
-        drawn = patches.feature_pictures(snapshots)
+        colours = patches.feature_colours(snapshots)
     except ValueError as error:  # a diverged run, or snapshots of other images
         return Picture(title, f"Cannot be drawn: {escape(str(error))}.", [])
     caption = (
         "The first three principal components of the target encoder's patch features as red, green and "
-        "blue: like colours, like features. Each row of colours has a basis of its own: compare patterns "
-        "between rows, not hues."
+        "blue: within a row, like colours are like features."
     )
-    return Picture(title, caption, [figures.to_png(figure) for figure in drawn])
+    when = [patches.when(snapshot) for snapshot in snapshots]
+    if len(snapshots) > 1:
+        agreed = [
+            f"{name} {patches.agreement(row, colours[-1]):.2f}"
+            for name, row in zip(when, colours, strict=True)
+        ]
+        caption += (
+            " Features of two times have no basis in common, so each row has three components of its own, "
+            "turned to agree with the last row as well as they can. How well they do says whether a hue may "
+            "be followed down the rows (mean correlation with the last row, 1 at most): "
+            f"{', '.join(agreed[:-1])}."
+        )
+    drawn = patches.feature_pictures(snapshots, colours)
+    return Picture(
+        title, caption, [figures.to_png(figure) for figure in drawn], words.features(snapshots, when)
+    )
 
 
 def _warning(run: Run) -> str | None:
@@ -147,11 +203,16 @@ def _warning(run: Run) -> str | None:
     return collapse_warning(signs[-1], start=signs[0]) if signs else None
 
 
-def _picture(title: str, caption: str, figure: Figure | None) -> Picture | None:
-    return None if figure is None else Picture(title, caption, [figures.to_png(figure)])
+def _chart(title: str, caption: str, figure: Figure | None, alt: str) -> Picture | None:
+    return None if figure is None else Picture(title, caption, [figures.to_png(figure)], alt, is_chart=True)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    partial = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # a run that ends while it is watched writes too
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

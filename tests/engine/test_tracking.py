@@ -104,7 +104,7 @@ def test_a_tracked_run_that_is_resumed(train: "Trainer", offline: None) -> None:
     keys = {key for row in train.rows for key in row if key != "step"}
     assert shown.keys() == keys
     assert "knn_top1" in keys
-    timed = {"images_per_second", "data_wait_fraction", "elapsed_s"}
+    timed = {"images_per_second", "data_wait_fraction", "elapsed_s", "judge_s", "save_s"}
     judged_anew = {"target_std"}  # of which the file keeps the second value of a step
     ids, rows, configs = sent_to_wandb(train.run)
     for key in keys:

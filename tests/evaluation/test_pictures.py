@@ -38,6 +38,21 @@ def test_colours_do_not_depend_on_the_basis(seed: int, scale: float) -> None:
     torch.testing.assert_close(start, end, rtol=0, atol=1e-4)
 
 
+def test_colours_are_turned_towards_the_last_time_and_stay_its_own(features: Tensor) -> None:
+    """The same three components in another order, and alike in size: an eigenvalue says nothing of the hue."""
+    z = torch.randn(6, 49, 24, generator=torch.Generator().manual_seed(1))
+    z = z * torch.tensor([9.0, 6.0, 4.0] + [0.1] * 21)
+    reordered = z * torch.tensor([4.0 / 9, 1.0, 9.0 / 4] + [1.0] * 21)
+    start, end = patch_pca([reordered, z], GRID)
+    torch.testing.assert_close(start, end, rtol=0, atol=0.02)
+    assert torch.equal(end, patch_pca([z], GRID)[0])  # the last is as if it were alone
+
+    unlike, _ = patch_pca([features, z], GRID)
+    colours = torch.stack([unlike, end]).flatten(1, 3)  # [2, r, 3]
+    agreement = [torch.corrcoef(colours[..., channel])[0, 1] for channel in range(3)]
+    assert max(agreement) < 0.5  # what is not alike is not made so
+
+
 def test_one_odd_patch_does_not_set_the_scale(features: Tensor) -> None:
     odd = features.clone()
     odd[0, 0] = 1000

@@ -27,7 +27,7 @@ RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.eve
 
 TIMEOUT_S = 500  # on a machine that is busy with other things
 WITNESS = Path(__file__).with_name("witness.py")
-SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s"}
+SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s", "judge_s", "save_s"}
 
 
 class Seen(NamedTuple):

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fastjepa.report import figures
 from fastjepa.report.load import Metrics, Probe, Summary
@@ -74,6 +75,18 @@ def test_bars_start_at_zero_and_name_the_baselines() -> None:
     assert linear.get_xlim() == (0, 100)
     assert linear.patches[0].get_width() == pytest.approx(86)  # type: ignore[attr-defined]
     assert {text.get_text() for text in knn.texts} == {"82.0", "raw pixels 80.0", "untrained 60.0"}
+
+
+def test_letters_are_read_on_a_phone() -> None:
+    """A picture is 333 pixels wide where the page is 375."""
+    drawn = [figures.probe_bars(SUMMARY), figures.probe_curve(METRICS, SUMMARY, "linear_top1")]
+    drawn += [figures.rank_curve(METRICS), figures.loss_curve(METRICS), figures.schedule_curves(METRICS)]
+    for figure in drawn:
+        assert figure is not None
+        figure.draw_without_rendering()
+        pixels_per_point = 333 / figure.get_figwidth() / 72
+        shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text() and t.get_visible()]
+        assert min(float(text.get_fontsize()) * pixels_per_point for text in shown) >= 12
 
 
 def test_to_png_gives_a_png() -> None:

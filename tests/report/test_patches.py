@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.report.patches import outline
+from fastjepa.report.patches import agreement, outline
 
 blocks = st.lists(st.booleans(), min_size=20, max_size=20).map(lambda cells: np.reshape(cells, (4, 5)))
 
@@ -38,3 +38,11 @@ def test_segments_are_as_many_as_borders_of_cells(block: np.ndarray) -> None:
     padded = np.pad(block, 1).astype(int)
     borders = np.abs(np.diff(padded, axis=0)).sum() + np.abs(np.diff(padded, axis=1)).sum()
     assert len(outline(block, inset=0.2)) == borders
+
+
+def test_agreement_is_one_for_the_same_colours_and_nothing_by_luck() -> None:
+    one, other = np.random.default_rng(0).random((2, 8, 7, 7, 3))
+    assert agreement(one, one) == pytest.approx(1)
+    assert agreement(one, 1 - one) == pytest.approx(-1)
+    assert abs(agreement(one, other)) < 0.1
+    assert agreement(np.full_like(one, 0.5), one) == 0

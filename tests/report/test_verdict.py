@@ -2,7 +2,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastjepa.report.load import Probe, Summary
-from fastjepa.report.verdict import TIE_POINTS, verdict
+from fastjepa.report.verdict import TIE_POINTS, so_far, verdict
 
 accuracies = st.floats(0, 1)
 
@@ -58,3 +58,9 @@ def test_beats_is_said_exactly_when_the_gap_is_more_than_luck(trained: float, pi
     points = 100 * (trained - pixels)
     assert ("beats raw pixels" in first) == (points >= TIE_POINTS)
     assert ("level with" in numbers) == (abs(points) < TIE_POINTS)
+
+
+def test_so_far_is_the_newest_judgement() -> None:
+    assert so_far([{"step": 10, "loss": 1.0}]) is None
+    rows = [{"step": 10, "knn_top1": 0.5}, {"step": 20, "knn_top1": 0.6}, {"step": 30, "loss": 1.0}]
+    assert so_far(rows) == "So far, at step 20 and judged on fewer images: kNN 60.0\N{NO-BREAK SPACE}%."

@@ -93,7 +93,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += attrs
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -138,7 +138,10 @@ def test_the_page_needs_nothing_else(run_dir: Path) -> None:
     assert "<script" not in html
     assert "http" not in html
     assert "url(" not in html
-    sources = [value for name, value in Page(html).attributes if name in ("src", "href")]
+    sources = [value for name, value in Page(html).attributes if name == "src"]
+    links = [value or "" for name, value in Page(html).attributes if name == "href"]
+    assert links.pop(0) == "data:,"  # no icon, so that none is asked for
+    assert all(link.startswith("#") for link in links)
     pngs = {base64.b64decode((source or "").removeprefix("data:image/png;base64,")) for source in sources}
     assert len(sources) == 11
     assert pngs == {file.read_bytes() for file in (run_dir / "report").glob("*.png")}
