@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from fastjepa import cli
 from fastjepa import train as trainer
 from fastjepa.interop import save_official
 from fastjepa.interop.start import load_trained
 from tests.conftest import ROOT
 from tests.data.pictures import jpeg, write_photos, write_shard
-from tests.docs.rules import SMALL_RUN
+from tests.docs.rules import ADDED, SMALL_RUN
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = f"run.dir={folder / 'runs' / name}"
         config = ["--config", str(ROOT / "configs/vit_tiny_16.yaml"), f"data.root={images}", *SMALL_RUN, run]
         assert trainer.main(config) == 0
+        assert cli.main(["probe", str(folder / "runs" / name), *ADDED["probe"]]) == 0
     save_official(load_trained(folder / "runs" / "NAME")[0], folder / "published.pth.tar")
     return folder
 
