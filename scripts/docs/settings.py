@@ -49,10 +49,10 @@ def page() -> str:
     parts = []
     for name, section in sections():
         rows = [
-            f"| {_key(name, s)} | {_cell(s.default)} | {s.allowed} | {_escaped(s.meaning)} |"
+            f"| {_key(name, s)} | {_cell(s.default)} | {_escaped(s.meaning)} | {s.allowed} |"
             for s in settings_of(section)
         ]
-        table = "\n".join(["| setting | default | may be | meaning |", "|---|---|---|---|", *rows])
+        table = "\n".join(["| setting | default | meaning | may be |", "|---|---|---|---|", *rows])
         parts.append(f"## {name}\n\n{table}\n")
     parts.append(f"## deepspeed\n\n{_meanings()['Config']['deepspeed'].capitalize()}.\n")
     return "\n".join(parts)

@@ -20,8 +20,8 @@ STANDS_FOR = {
     "encoder.pth.tar": "published.pth.tar",
 }
 
-# Laid over every training, last: the smallest model, few images, two steps, and no tracker,
-# which tests/engine/test_tracking.py has.
+# Laid over every training, last: the smallest model, few images, two steps; the report is the
+# tutorial's, and trackers are of tests/engine/test_tracking.py.
 SMALL_RUN = shlex.split("""
     model.size=free model.width=192 model.depth=4 model.heads=3 model.mlp_ratio=2 model.patch_size=4
     model.predictor_width=48 model.predictor_depth=1 model.predictor_heads=3
@@ -30,12 +30,12 @@ SMALL_RUN = shlex.split("""
     optim.epochs=null optim.steps=2 optim.global_batch=8 optim.warmup_epochs=0 optim.precision=fp32
     probe.every_steps=0 probe.bank=8 probe.queries=4 probe.final_bank=8 probe.final_queries=4
     speed.workers=0 speed.device=cpu speed.accumulation=1 speed.checkpoint_blocks=false
-    run.save_every=1 run.keep_last=9 run.track=[]
+    run.save_every=1 run.keep_last=9 run.report=false run.track=[]
 """)
 
 # Added to other commands, by their first words.
 ADDED = {
-    "data stats": ["--workers", "1"],
+    "data stats": ["--workers", "1", "--images", "200"],
     "data pack": ["--workers", "1"],
     "probe": ["--train-images", "60", "--test-images", "40", "--protocol", "knn", "--k", "5", "--force"],
 }
