@@ -121,7 +121,7 @@ lint: $(DEV) ## Check style, formatting and types
 	$(BIN)/mypy
 
 docs: $(DOCS) ## Build the site into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m mkdocs build --strict
 
 clean: ## Remove build outputs and caches; never .venv or runs/
 	rm -rf build dist site *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -149,4 +149,5 @@ $(DEV): setup.py pyproject.toml constraints.txt
 	@touch $(TRAIN)
 
 $(DOCS): setup.py pyproject.toml constraints.txt
-	$(call install,docs)
+	$(call install,train$(comma)docs)
+	@touch $(TRAIN)

@@ -21,10 +21,11 @@ DATA = ["fsspec", "aiohttp"]  # shards behind http(s)://; s3:// also needs s3fs,
 TRACKING = ["tensorboard>=2.20", "wandb>=0.27"]
 BENCH = ["pytest>=8", "pytest-benchmark"]
 EXPORT = ["onnx", "onnxruntime", "onnxscript", "timm>=1.0.31", "torchvision", "transformers>=5.18"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings>=1", "mkdocstrings-python>=2"]
 DEV = [
     *DATA,
     *TRACKING,
+    *DOCS,
     "build",
     "hypothesis",
     "mypy",

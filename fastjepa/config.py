@@ -51,74 +51,77 @@ BelowOne = Annotated[float, Within("at least 0 and below 1", 0, math.nextafter(1
 
 @dataclass
 class ModelConfig:
+    # Of the encoder and the predictor; free: by the numbers below.
     size: Literal["tiny", "small", "base", "large", "huge", "giant", "free"] = "small"
     patch_size: Count = 16  # pixels
+    # published: N(0, .02); xavier: Xavier uniform, under which small patches are not lost among positions.
     init: Literal["published", "xavier"] = "xavier"
     # Needed for size "free"; they override a named size.
     width: Count | None = None
-    depth: Count | None = None
-    heads: Count | None = None
-    mlp_ratio: Positive | None = None
-    predictor_width: Count | None = None
-    predictor_depth: Count | None = None
-    predictor_heads: Count | None = None
+    depth: Count | None = None  # blocks
+    heads: Count | None = None  # of attention
+    mlp_ratio: Positive | None = None  # hidden width by width
+    predictor_width: Count | None = None  # of a token
+    predictor_depth: Count | None = None  # blocks
+    predictor_heads: Count | None = None  # by default the encoder's
     decoder_width: Count = 512  # of MAE
-    decoder_depth: Count = 8
-    decoder_heads: Count = 16
+    decoder_depth: Count = 8  # blocks
+    decoder_heads: Count = 16  # of attention
 
 
 @dataclass
 class MasksConfig:
+    # Contexts of unequal length are cut to the shortest, or all have the same, or stay as they are.
     mode: Literal["truncate", "budget", "packed"] = "budget"
     context_tokens: Count | None = None  # of budget: by default what 95 % of draws reach
     target_tokens: Count | None = None  # of budget: by default the smallest block
-    target_blocks: Count = 4
-    target_scale: tuple[float, float] = (0.15, 0.2)
-    target_aspect: tuple[float, float] = (0.75, 1.5)
-    context_scale: tuple[float, float] = (0.85, 1.0)
-    context_aspect: tuple[float, float] = (1.0, 1.0)
-    min_keep: CountOrNone = 10
+    target_blocks: Count = 4  # to predict, of each image
+    target_scale: tuple[float, float] = (0.15, 0.2)  # least and most, of the patches of an image
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # least and most, height by width
+    context_scale: tuple[float, float] = (0.85, 1.0)  # as of the target blocks, which are taken out of it
+    context_aspect: tuple[float, float] = (1.0, 1.0)  # as of the target blocks
+    min_keep: CountOrNone = 10  # a context of so few tokens is drawn again
     mask_ratio: float = 0.75  # of MAE
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["jepa", "mae"] = "jepa"
+    name: Literal["jepa", "mae"] = "jepa"  # what is trained: I-JEPA, or MAE
     norm_pix_loss: bool = True  # of MAE
 
 
 @dataclass
 class OptimConfig:
     global_batch: Count = 2048  # images per optimizer step, over all ranks and accumulation
-    epochs: Positive | None = 300.0
+    epochs: Positive | None = 300.0  # over the training images
     steps: Count | None = None  # instead of epochs
-    lr: NotNegative = 1e-3
-    start_lr: NotNegative = 2e-4
-    final_lr: NotNegative = 1e-6
-    warmup_epochs: NotNegative = 40.0
-    weight_decay: NotNegative = 0.04
-    final_weight_decay: NotNegative = 0.4
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: NotNegative = 1e-8
+    lr: NotNegative = 1e-3  # of AdamW, at the end of the warm-up
+    start_lr: NotNegative = 2e-4  # at the first step, rising linearly to lr
+    final_lr: NotNegative = 1e-6  # at the last step, falling along a cosine from lr
+    warmup_epochs: NotNegative = 40.0  # of the rise from start_lr to lr
+    weight_decay: NotNegative = 0.04  # at the first step; none on biases and norms
+    final_weight_decay: NotNegative = 0.4  # at the last step, along a cosine
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # of AdamW
+    eps: NotNegative = 1e-8  # of AdamW
     momentum: Fraction = 0.996  # of the target encoder, linear to final_momentum
-    final_momentum: Fraction = 1.0
+    final_momentum: Fraction = 1.0  # at the last step
     clip_grad: NotNegative = 0.0  # largest gradient norm; 0 for none
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"  # of a step; master weights and moments are fp32
 
 
 @dataclass
 class DataConfig:
-    name: Literal["fashion_mnist", "folder", "shards"] = "fashion_mnist"
+    name: Literal["fashion_mnist", "folder", "shards"] = "fashion_mnist"  # what data.root is
     root: str | None = (
         None  # of a folder of images, of indexed shards (or a URL), or of the full Fashion-MNIST
     )
     probe_root: str | None = None  # held-out labelled images: a folder, or shards beside shards
     image_size: Count = 224  # pixels
-    channels: Count = 3
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    channels: Count = 3  # of an image: 3, or 1 for grey
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, of pixels from 0 to 1
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # likewise; `fastjepa data stats` measures both
     crop_scale: tuple[float, float] | None = (0.3, 1.0)  # of RandomResizedCrop; null for none
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # of RandomResizedCrop, width by height
     flip: Fraction = 0.0  # probability
     shuffle_shards: Count = 16  # shards whose images are shuffled together
     max_bad_fraction: Fraction = 0.05  # of the images tried: a run skips so many that cannot be read
@@ -132,8 +135,8 @@ class ProbeConfig:
     bank: Several = 5000  # labelled images that a probe learns from, while training
     queries: Several = 2000  # images it is judged on, while training
     final_bank: Several = 50_000  # the same at the start and at the end
-    final_queries: Several = 10_000
-    neighbours: Count = 20
+    final_queries: Several = 10_000  # images it is judged on there
+    neighbours: Count = 20  # of kNN
 
 
 @dataclass
@@ -159,14 +162,14 @@ class SpeedConfig:
     # Where crops are resized and mirrored: by the loader processes, or as matrix products on the device.
     augment: Literal["cpu", "device"] = "cpu"
     worker_timeout_s: Positive = 300.0  # without a batch for so long, a loader process hangs
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
 
 
 @dataclass
 class RunConfig:
     dir: str = "runs/{name}"  # {name}: of the configuration file
-    name: str = "run"
-    seed: Seed = 0
+    name: str = "run"  # by default that of the configuration file
+    seed: Seed = 0  # of weights, order, crops and masks
     init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
     report: bool = True  # written at the end; `fastjepa report` writes it at any time
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # what rows of metrics.jsonl are sent to as well
