@@ -39,7 +39,7 @@ def test_colours_do_not_depend_on_the_basis(seed: int, scale: float) -> None:
 
 
 def test_colours_are_turned_towards_the_last_time_and_stay_its_own(features: Tensor) -> None:
-    """The same three components in another order, and alike in size: an eigenvalue says nothing of the hue."""
+    """The same three components in another order, alike in size: an eigenvalue says nothing of the hue."""
     z = torch.randn(6, 49, 24, generator=torch.Generator().manual_seed(1))
     z = z * torch.tensor([9.0, 6.0, 4.0] + [0.1] * 21)
     reordered = z * torch.tensor([4.0 / 9, 1.0, 9.0 / 4] + [1.0] * 21)
