@@ -51,14 +51,23 @@ def check_tracking(names: Sequence[Name]) -> None:
                 f"tracking with {name} needs that package, which is not installed: "
                 "pip install 'fastjepa[tracking]'"
             )
-    if "wandb" in names:
-        import wandb
+    if "wandb" in names and not _has_wandb_login():
+        raise ConfigError(
+            "tracking with wandb needs a login: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline and send the run later with `wandb sync`"
+        )
 
-        if wandb.setup().settings.mode in (None, "online", "run", "shared") and not wandb.login(prompt=False):
-            raise ConfigError(
-                "tracking with wandb needs a login: run `wandb login`, set WANDB_API_KEY, or set "
-                "WANDB_MODE=offline and send the run later with `wandb sync`"
-            )
+
+def _has_wandb_login() -> bool:
+    """Whether there is a key, or none is needed. The server is not asked: it may be away for a while."""
+    import wandb
+
+    try:
+        if wandb.setup().settings.mode not in (None, "online", "run", "shared"):
+            return True
+        return bool(wandb.login(prompt=False, verify=False))
+    except (wandb.Error, ValueError) as error:  # of settings or a key that it does not take
+        raise ConfigError(f"tracking with wandb: {error}") from error
 
 
 class _Sent:
@@ -129,7 +138,15 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", "fastjepa"),
             name=os.environ.get("WANDB_NAME", config.run.name),
             dir=os.environ.get("WANDB_DIR", str(folder.path)),
-            settings=wandb.Settings(console="off"),  # the run's lines are its own
+            settings=wandb.Settings(
+                console="off",  # the run's lines are its own
+                # Of host, user, command line, repository and packages nobody asked to be told.
+                disable_git=True,
+                disable_code=True,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+            ),
         )
         self._run.config.update(config.to_dict(), allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
@@ -150,6 +167,23 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _end_wandb_service() -> None:
+    """End the process that sends to Weights & Biases: Python would wait 90 s and more for it."""
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib.service import service_token
+
+    # No public function ends it without waiting.
+    setup: Any = wandb_setup.singleton()
+    connection = getattr(setup, "_connection", None)
+    process = getattr(getattr(connection, "_proc", None), "_process", None)
+    if process is not None:
+        if connection._cleanup is not None:  # what would speak to it, and wait for it, as Python ends
+            connection._cleanup()
+        setup._connection = None  # a later run has a process of its own, and is not led to this one
+        service_token.clear_service_in_env()
+        process.kill()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,6 +209,7 @@ class Tracking:
     def __init__(self, names: Sequence[Name], folder: RunFolder, config: Config) -> None:
         self._names, self._folder, self._config = tuple(dict.fromkeys(names)), folder, config
         self._queue: SimpleQueue[Row | int | None] = SimpleQueue()
+        self._has_given_up = False
         # Not waited for when Python ends: a server that does not answer must not keep the run from ending.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
@@ -201,10 +236,16 @@ class Tracking:
         if not self._thread.is_alive():
             return
         self._queue.put(None)
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
+        waits = kind is None or not issubclass(kind, KeyboardInterrupt)
+        if waits:
             self._thread.join(PATIENCE_S)
-            if self._thread.is_alive():
-                self._warn(" and ".join(self._names), f"not all was sent within {PATIENCE_S:g} s")
+        if not self._thread.is_alive():
+            return
+        if waits:
+            self._warn(" and ".join(self._names), f"not all was sent within {PATIENCE_S:g} s")
+        self._has_given_up = True
+        if "wandb" in self._names:
+            _end_wandb_service()
 
     def _work(self) -> None:
         begin = self._queue.get()
@@ -224,6 +265,8 @@ class Tracking:
                 tracker.close()
 
     def _warn(self, name: str, why: object) -> None:
+        if self._has_given_up:  # and said so
+            return
         later = " or ".join(
             f"`fastjepa track {self._folder.path} --to {n}`" for n in self._names if n in name
         )

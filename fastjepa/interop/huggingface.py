@@ -86,18 +86,21 @@ def image_processor(encoder: VisionTransformer) -> Any:
     """What turns images into the `pixel_values` of `encoder`.
 
     Of a square encoder it resizes the shorter side and crops the centre, as a run's probes see images; for
-    another it resizes to the shape itself. Bicubic, with antialiasing.
+    another it resizes to the shape itself. Bicubic, with antialiasing. Three channels are made of grey,
+    palette and CMYK images too; one channel has to be given.
     """
-    from transformers import ViTImageProcessor
+    # ViT's own processor refuses grey images, and before transformers 5 whatever is to be cropped.
+    from transformers import BitImageProcessor
 
     height, width = encoder.shape.image_size
     whole = {"height": height, "width": width}
     crop = {"size": {"shortest_edge": height}, "do_center_crop": True, "crop_size": whole}
-    return ViTImageProcessor(
+    return BitImageProcessor(
+        do_convert_rgb=encoder.shape.channels == 3,
         resample=BICUBIC,
         image_mean=list(encoder.pixel_mean),
         image_std=list(encoder.pixel_std),
-        **(crop if height == width else {"size": whole}),
+        **(crop if height == width else {"size": whole, "do_center_crop": False}),
     )
 
 

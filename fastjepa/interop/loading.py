@@ -37,12 +37,20 @@ def _mode(encoder: VisionTransformer) -> str:
 
 
 def _pixels(encoder: VisionTransformer) -> str:
+    """As a run's probes see images: the centre of one is cropped for a square encoder."""
     height, width = encoder.shape.image_size
+    size = f"({width}, {height}), Image.Resampling.BICUBIC"
+    sized = f"ImageOps.fit(image, {size})" if height == width else f"image.resize({size})"
     return f"""\
 image = Image.open("image.png").convert("{_mode(encoder)}")
-image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)
+image = {sized}
 pixels = np.array(image).reshape(1, {height}, {width}, -1).transpose(0, 3, 1, 2)  # uint8 [1, C, H, W]
 """
+
+
+def _pillow(encoder: VisionTransformer) -> str:
+    height, width = encoder.shape.image_size
+    return "from PIL import Image, ImageOps" if height == width else "from PIL import Image"
 
 
 def load_with_fastjepa(encoder: VisionTransformer, model: JEPA | MAE, which: str, name: str) -> str:
@@ -52,7 +60,7 @@ def load_with_fastjepa(encoder: VisionTransformer, model: JEPA | MAE, which: str
     return f"""\
 import numpy as np
 import torch
-from PIL import Image
+{_pillow(encoder)}
 
 from fastjepa.interop import load_official
 
@@ -70,7 +78,7 @@ def load_tensors(encoder: VisionTransformer, name: str) -> str:
     return f"""\
 import numpy as np
 import torch
-from PIL import Image
+{_pillow(encoder)}
 
 from fastjepa.interop import load_encoder
 
@@ -129,7 +137,7 @@ def load_in_onnxruntime(encoder: VisionTransformer, head: LinearHead | None, nam
     return f"""\
 import numpy as np
 import onnxruntime
-from PIL import Image
+{_pillow(encoder)}
 
 session = onnxruntime.InferenceSession({_text(name)})
 {_pixels(encoder)}\
@@ -142,7 +150,7 @@ def load_program(encoder: VisionTransformer, head: LinearHead | None, name: str)
     return f"""\
 import numpy as np
 import torch
-from PIL import Image
+{_pillow(encoder)}
 
 encoder = torch.export.load({_text(name)}).module()
 {_pixels(encoder)}\

@@ -70,7 +70,7 @@ def recipe_of(encoder: VisionTransformer, classes: int = 0) -> Recipe:
         "std": encoder.pixel_std,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
-        "crop_mode": "center",
+        "crop_mode": "center" if shape.image_size[0] == shape.image_size[1] else "squash",
         "num_classes": classes,
         # Of the entry's own weights, which these are not.
         "tag": "fastjepa",

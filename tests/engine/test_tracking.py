@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -200,6 +203,52 @@ def test_a_server_that_does_not_answer_keeps_nothing_waiting(
             to.send(row(step))
     assert time.monotonic() - begin_s < 30
     assert "not all was sent within 0.2 s" in caplog.text
+
+
+TO_NOBODY = """
+import sys
+from pathlib import Path
+from fastjepa.config import parse_config
+from fastjepa.engine import tracking
+from fastjepa.engine.folder import RunFolder
+
+tracking.PATIENCE_S = 0.5
+config = parse_config({"data": {"name": "fashion_mnist"}})
+tracking.check_tracking(("wandb",))
+with tracking.Tracking(("wandb",), RunFolder(Path(sys.argv[1])), config) as to:
+    to.cut_after(0)
+    to.send({"step": 1, "loss": 1.0})
+"""
+
+
+def test_a_server_that_is_away_neither_refuses_a_run_nor_keeps_it_from_ending(tmp_path: Path) -> None:
+    """The server is not asked before the run, and Weights & Biases itself would wait for it for 90 s."""
+    pytest.importorskip("wandb")
+    away = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_SILENT": "true"}
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")} | away
+    done = subprocess.run(
+        [sys.executable, "-c", TO_NOBODY, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=75,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tracking with wandb failed") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_of_the_machine_is_sent(tmp_path: Path, config: Config, offline: None) -> None:
+    pytest.importorskip("wandb")
+    with Tracking(("wandb",), RunFolder(tmp_path), config) as to:
+        to.cut_after(0)
+        to.send(row(1))
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    [file] = folder.glob("*.wandb")
+    sent = b"".join(records(file))
+    for told in (sys.executable, sys.argv[0]):
+        assert told.encode() not in sent
+    assert not (folder / "files" / "requirements.txt").exists()
 
 
 def test_nobody_tracks_by_default(tmp_path: Path, config: Config) -> None:
