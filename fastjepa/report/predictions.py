@@ -1,7 +1,10 @@
 """What a predictor says of hidden patches: how near it comes, and what is near to it."""
 
+import math
+
+import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -22,8 +25,6 @@ from fastjepa.report.panels import (
 )
 from fastjepa.report.patches import BLOCK_COLOURS, rgb
 
-_SCALE = Normalize(-1, 1)
-
 
 def prediction_pictures(snapshot: Snapshot, predictions: Predictions, targets: Tensor) -> list[Figure]:
     """Centred cosines over four images to a figure, a row per block, the mean of each block under it.
@@ -35,6 +36,7 @@ def prediction_pictures(snapshot: Snapshot, predictions: Predictions, targets: T
     """
     images, places = rgb(snapshot.images), targets.numpy()
     centred = predictions.centred.float().numpy()  # [M, n, P]
+    colours, norm, ticks = _scale_of(centred)
     figures = []
     for chosen in rows_of(len(images)):
         sheet = _sheet(1 + len(places), snapshot, has_text=True)
@@ -46,12 +48,10 @@ def prediction_pictures(snapshot: Snapshot, predictions: Predictions, targets: T
             sheet.name_row(1 + block, f"block {block + 1}", colour)
             for axes, image in zip(sheet.axes[1 + block], chosen, strict=False):
                 cells = on_grid(there[image], values[image], snapshot.grid)
-                heat(axes, images[image], cells, AGREEMENT, _SCALE)
+                heat(axes, images[image], cells, colours, norm)
                 frame(axes, ~np.isnan(cells), colour)
                 under(axes, f"{values[image].mean():.2f}".replace("-", "\N{MINUS SIGN}"))
-        sheet.scale(
-            AGREEMENT, _SCALE, "0: no better than the mean of the place; 1: exact", [-1, -0.5, 0, 0.5, 1]
-        )
+        sheet.scale(colours, norm, "0: no better than the mean of the place; 1: exact", ticks)
         figures.append(sheet.figure)
     return figures
 
@@ -111,3 +111,12 @@ def _sheet(rows: int, snapshot: Snapshot, has_text: bool) -> Panels:
 
 def _tall(images: np.ndarray) -> float:
     return float(images.shape[1] / images.shape[2])
+
+
+def _scale_of(values: np.ndarray) -> tuple[Colormap, Normalize, list[float]]:
+    """Colours from -1 to 1, or from the least value on where all are well above 0, so that they differ."""
+    low = math.floor(10 * float(values.min())) / 10
+    if low <= 0:
+        return AGREEMENT, Normalize(-1, 1), [-1, -0.5, 0, 0.5, 1]
+    low = min(low, 0.9)
+    return mpl.colormaps["YlGnBu"], Normalize(low, 1), [low, (low + 1) / 2, 1]

@@ -13,7 +13,7 @@ from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.report import attention, figures, neighbours, painting, patches, predictions
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
-from fastjepa.report.verdict import verdict
+from fastjepa.report.verdict import percent, verdict
 
 _ALONG_THE_WAY = "On fewer images than the final probe. Dashed: the baselines, once the run has ended."
 _SIGNS = tuple(field.name for field in fields(CollapseSigns))
@@ -151,8 +151,9 @@ def _predictions(first: Snapshot, last: Snapshot) -> Picture | None:
     before = "" if start is None or first.step == last.step else f" ({_mean(start.centred)} at the start)"
     caption = (
         "How near the predictor comes to the target encoder's representation of each hidden patch, the mean "
-        "target of that place over other images taken off both. Blue is near; pale is no better than that mean, "
-        "which needs no look at the image; red is worse. Under each block its mean. Over all blocks it is "
+        "target of that place over other images taken off both. 1 is exact; 0 is no better than that mean, "
+        "which needs no look at the image. Under each block its mean; the scale begins where "
+        "the values do. Over all blocks it is "
         f"{_mean(view.centred)}{before}, and {_mean(view.of_others)} against the targets of the other images "
         f"shown. Without the mean taken off, the cosine is {_mean(view.cosine)}, of which the mean alone "
         f"reaches {_mean(view.of_mean)}: a high cosine by itself proves nothing. Nor does a good prediction "
@@ -170,7 +171,8 @@ def _retrieved(last: Snapshot) -> Picture | None:
     caption = (
         "Each patch that is to be predicted, filled with a patch of training images: the one whose target "
         "representation is nearest to what the predictor says; to the true target, which is the best that "
-        "this can look; and to the mean target of the place, which knows nothing of the image. Where the first "
+        "this can look; and to the mean target of the place, which knows nothing of the "
+        "image. Where the first "
         "looks like the second and unlike the third, the predictor has understood something. The patches "
         "outside the outlines are the image's own. No decoder is at work, and what the representation leaves "
         "out, such as brightness, may be wrong without being a fault."
@@ -185,8 +187,10 @@ def _examples(last: Snapshot) -> Picture | None:
     if view is None:
         return None
     caption = (
-        "One hidden patch of each block of two images, framed, amid its surroundings, and the training patches "
-        "nearest to what was predicted for it and to its true target. Grey lies outside the image. The patches "
+        "One hidden patch of each block of two images, framed, amid its surroundings, and the "
+        "training patches "
+        "nearest to what was predicted for it and to its true target. Grey lies outside the "
+        "image. The patches "
         "are the middle ones of their blocks, and were not chosen for their looks."
     )
     return _drawn("The nearest patches, one by one", caption, [predictions.example_picture(view)])
@@ -197,7 +201,8 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     if view is None or targets is None:
         return None
     given = (
-        "It was trained on patches that are normalised one by one, so each hidden patch is given its true mean "
+        "It was trained on patches that are normalised one by one, so each hidden patch is "
+        "given its true mean "
         "and contrast back: judge the pattern within patches, beside what the mean alone shows"
         if view.is_normalised
         else "Beside it: the mean colour of what is seen"
@@ -207,7 +212,8 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     caption = (
         f"What the decoder paints where the encoder does not see. {given}. Agreement: the correlation of the "
         f"pixels painted and the true ones in each patch, {_mean(view.correlation)} on the average{before}; "
-        f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches of one grey are "
+        f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches "
+        "of one grey are "
         "left out. Sharp pixels are not what makes features good, nor blurred ones what makes them bad."
     )
     return _drawn("What the decoder paints", caption, painting.painting_pictures(last, view, targets[0]))
@@ -218,7 +224,8 @@ def _neighbours(last: Snapshot) -> Picture | None:
     if view is None:
         return None
     caption = (
-        f"The nearest of {len(view.bank_labels):,} training images by mean-pooled features, and below them by "
+        f"The nearest of {len(view.bank_labels):,} training images by mean-pooled features, "
+        "and below them by "
         "raw pixels. Where both find the same, the features have added nothing."
     )
     if neighbours.has_labels(view):
