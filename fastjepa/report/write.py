@@ -229,9 +229,7 @@ def _neighbours(last: Snapshot) -> Picture | None:
         "raw pixels. Where both find the same, the features have added nothing."
     )
     if neighbours.has_labels(view):
-        features, pixels, chance = (
-            f"{100 * part:.0f}\N{NO-BREAK SPACE}%" for part in neighbours.same_label(view)
-        )
+        features, pixels, chance = map(percent, neighbours.same_label(view))
         caption += (
             f" Blue: the same label. Of these few, {features} by features and {pixels} by pixels have it, "
             f"{chance} by chance; the probes above count many more."
