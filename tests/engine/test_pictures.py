@@ -25,7 +25,7 @@ def test_a_run_shows_what_it_predicts(train: "Trainer", objective: str) -> None:
     """The snapshots of a real run hold the tensors, and its report the pictures."""
     mae = ("model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2")
     more = (*mae, "masks.context_tokens=null") if objective == "mae" else ()
-    train("optim.steps=2", "run.report=true", f"objective.name={objective}", *more).check()
+    train("optim.steps=5", "run.report=true", f"objective.name={objective}", *more).check()
     first, last = load_run(train.run).snapshots
     assert first.step == 0
     assert last.showing.neighbours is not None

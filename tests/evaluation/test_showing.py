@@ -135,7 +135,7 @@ def test_a_bank_is_spread_over_the_set_without_what_is_shown(bank: Bank) -> None
 
 
 def test_what_is_in_the_bank_is_found_there(bank: Bank) -> None:
-    """Images that are, against the rule, in the bank come back whole: every search and every place is right."""
+    """Images that are, against the rule, in the bank come back whole, each patch in its place."""
     chosen = torch.tensor([5, 300])
     images, tokens = bank.images[chosen], bank.tokens[chosen]
     targets = torch.tensor([[[8, 9, 24], [30, 31, 32]], [[24, 25, 26], [0, 7, 48]]])
