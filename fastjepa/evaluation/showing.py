@@ -1,6 +1,6 @@
 """What a snapshot shows besides features, as tensors: computed where the networks are, drawn where none is.
 
-All of it is small, whatever the encoder: 0.1 MB for 28 x 28 pixels in patches of 4, 2.4 MB for ViT-H/14 at 224.
+All of it is small: 0.1 MB for 28 x 28 pixels in patches of 4, 2.4 MB for ViT-H/14 at 224.
 """
 
 from collections.abc import Mapping
