@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -185,7 +185,14 @@ class RunFolder:
         replace_text(self.summary, json.dumps(summary, indent=1))
 
     def write_snapshot(
-        self, step: int, grid: tuple[int, int], images: Tensor, features: Tensor, masks: Masks
+        self,
+        step: int,
+        grid: tuple[int, int],
+        images: Tensor,
+        features: Tensor,
+        masks: Masks,
+        shown: Mapping[str, Tensor] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         """Features and masks of the same few images, for the report.
 
@@ -194,6 +201,8 @@ class RunFolder:
             images: uint8 [n, C, H, W].
             features: [n, N, D].
             masks: as sampled for these images.
+            shown: what else there is to show, as `Showing.tensors` gives it.
+            class_names: what its labels are called; None without.
         """
         self.snapshots.mkdir(parents=True, exist_ok=True)
         tensors = {"images": images, "features": features.half(), "targets": masks.targets}
@@ -201,13 +210,17 @@ class RunFolder:
             tensors["context"] = masks.context
         else:
             tensors |= {"context_flat": masks.context, "cu_seqlens": masks.cu_seqlens}
+        tensors |= shown or {}
+        metadata = {"grid": f"{grid[0]},{grid[1]}", "step": str(step)}
+        if class_names is not None:
+            metadata["class_names"] = json.dumps(list(class_names))
         file = self.snapshots / f"step_{step:08d}.safetensors"
         partial = file.with_suffix(".tmp")
         try:
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
                 partial,
-                metadata={"grid": f"{grid[0]},{grid[1]}", "step": str(step)},
+                metadata=metadata,
             )
         except SafetensorError as error:  # how safetensors reports a full disk
             partial.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """What a run says of its features: verdicts beside baselines, signs of collapse, the report's summary."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastjepa.config import Config
 from fastjepa.data.views import read_views
@@ -20,11 +22,13 @@ from fastjepa.engine.images import RunImages
 from fastjepa.engine.judge import UNTRAINED, Judge, Verdict
 from fastjepa.engine.learner import Encoders
 from fastjepa.engine.metrics import MetricsFile
+from fastjepa.engine.pictures import look
 from fastjepa.engine.processes.stopping import NonFinite
 from fastjepa.engine.processes.world import World
 from fastjepa.engine.snapshots import thin
 from fastjepa.engine.tracking import Tracking
 from fastjepa.evaluation.collapse import CollapseSigns, CollapseWatch, collapse_warning
+from fastjepa.evaluation.showing import Showing
 from fastjepa.masks import MaskSampler
 from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA, MAE
@@ -86,7 +90,10 @@ class Judgement:
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
         self.summary["judge"] = self._judge_settings()
         if first_time:
-            self._snapshot(start, position)
+            context, target = model.encoder, model.target_encoder if isinstance(model, JEPA) else None
+            head = model.predictor if isinstance(model, JEPA) else model.decoder
+            with _brought_to(self.world.device, context, head):
+                self._snapshot(Encoders(context, target, head), position)
         self._write_summary()
 
     def _baselines(self, judge: Judge, start: VisionTransformer, first_time: bool) -> list[Verdict]:
@@ -119,7 +126,7 @@ class Judgement:
                 verdict = self.judge.encoder("so far", encoders.judged, quick=True)
                 self._write_verdict(verdict, position)
                 self.console.show_verdict(position.step, verdict)
-            self._snapshot(encoders.judged, position)
+            self._snapshot(encoders, position)
         except NotWanted:
             return
         except NonFinite:
@@ -145,7 +152,7 @@ class Judgement:
         kept = [row for row in self.summary.get("probe", []) if row["name"] not in names]
         self.summary |= self._description(position)
         self.summary["probe"] = kept + [verdict.as_row() for verdict in verdicts]
-        self._snapshot(encoders.judged, position)
+        self._snapshot(encoders, position)
         self._write_summary()
         if verdicts:
             self.console.show_table(self.summary["probe"])
@@ -217,18 +224,44 @@ class Judgement:
         return f"{self.images.note}; {self.judge.note}"
 
     @torch.no_grad()
-    def _snapshot(self, encoder: VisionTransformer, position: Position) -> None:
-        """Features and masks of the same few images, spread over the set."""
-        shown = self.images.queries or self.images.train
+    def _snapshot(self, encoders: Encoders, position: Position) -> None:
+        """Features and masks of the same few images, spread over the set, and what else there is to show."""
+        encoder, shown = encoders.judged, self.images.queries or self.images.train
         index = torch.arange(SNAPSHOT_IMAGES) * len(shown) // SNAPSHOT_IMAGES
         views = read_views(shown, index.tolist(), self.config.data.image_size)
         features = encoder(views.pixels.to(self.world.device))[:, int(encoder.shape.class_token) :]
         masks = self.masks.sample(views.image_index, epoch=0, step=position.step)
+        showing = Showing()
+        try:
+            showing = look(encoders, shown, views, features, masks, self.images.train, self.config)
+        except Exception as error:  # a drive that fails, or a device that is full: no reason to lose a run
+            what = f"{type(error).__name__}: {error}"
+            self.console.warn(f"step {position.step}: only features and masks are pictured: {what}")
         self.disk.attempt(
             self.folder.snapshots,
             lambda: self.folder.write_snapshot(
-                position.step, encoder.shape.grid, views.pixels, features, masks
+                position.step,
+                encoder.shape.grid,
+                views.pixels,
+                features,
+                masks,
+                showing.tensors(),
+                None if showing.neighbours is None else shown.class_names,
             ),
             f"the report will lack the pictures of step {position.step}",
         )
         thin(self.folder.snapshots)
+
+
+@contextmanager
+def _brought_to(device: torch.device, *networks: nn.Module | None) -> Iterator[None]:
+    """Within it the networks are on the device; afterwards where they were, with the bits they had."""
+    present = [network for network in networks if network is not None]
+    homes = [next(network.parameters()).device for network in present]
+    for network in present:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network, home in zip(present, homes, strict=True):
+            network.to(home)

@@ -28,7 +28,7 @@ from fastjepa.engine.single import SingleDevice, Told
 from fastjepa.engine.speed import apply_speed, check_speed, cuda_graph_of
 from fastjepa.engine.target import ENCODER, ShardedTarget, shard_target
 from fastjepa.masks import Masks
-from fastjepa.models import VisionTransformer
+from fastjepa.models import MAEDecoder, Predictor, VisionTransformer
 from fastjepa.objectives import JEPA, MAE, Step
 
 Named = Mapping[str, Tensor]
@@ -185,13 +185,14 @@ class Learner:
         """
         model = self.model
         target = model.target_encoder if isinstance(model, JEPA) else None
+        head = model.predictor if isinstance(model, JEPA) else model.decoder
         if all(partition.layout is not None for partition in self.partitions):
-            return Encoders(model.encoder, target)
-        mine = [partition for partition in self.partitions if partition.names[0].startswith(ENCODER)]
-        context = _whole_copy(model.encoder, gather(mine, [partition.master for partition in mine]))
+            return Encoders(model.encoder, target, head)
+        whole = gather(self.partitions, [partition.master for partition in self.partitions])
+        context, head = _whole_copy(model.encoder, whole), _whole_head(model, whole)
         if self.target is None:
-            return Encoders(context, None)
-        return Encoders(context, _whole_copy(model.encoder, self.target.gather_shadow()))
+            return Encoders(context, None, head)
+        return Encoders(context, _whole_copy(model.encoder, self.target.gather_shadow()), head)
 
     def is_finite(self) -> Tensor:
         """0-d bool on the device: whether this rank's master weights are all finite.
@@ -259,11 +260,16 @@ def _forget_sums(engine: ZeroEngine) -> None:
 class Encoders:
     """Those of a learner: the context encoder, or that of MAE, and the target encoder of JEPA.
 
-    Where rank 0 has the only whole copies, neither is there on the other ranks, which do not judge.
+    Where rank 0 has the only whole copies, none is there on the other ranks, which do not judge.
+
+    Attributes:
+        target: None for MAE.
+        head: what speaks of the hidden patches: JEPA's predictor, MAE's decoder.
     """
 
     _context: VisionTransformer | None
     target: VisionTransformer | None
+    head: Predictor | MAEDecoder | None = None
 
     @property
     def context(self) -> VisionTransformer:
@@ -284,9 +290,32 @@ def _whole_copy(encoder: VisionTransformer, weights: Named) -> VisionTransformer
     if not weights:
         return None
     copy = VisionTransformer(encoder.shape, encoder.pixel_mean, encoder.pixel_std)
-    here = {name.removeprefix(ENCODER): weight for name, weight in weights.items()}
-    copy.load_state_dict(here | {"pos_embed": copy.pos_embed})
+    copy.load_state_dict(_below(ENCODER, weights) | {"pos_embed": copy.pos_embed})
     return copy.to(encoder.pos_embed)
+
+
+def _whole_head(model: JEPA | MAE, weights: Named) -> Predictor | MAEDecoder | None:
+    """The predictor or decoder of a model, as `_whole_copy` has its encoder."""
+    if not weights:
+        return None
+    if isinstance(model, JEPA):
+        embed, blocks = model.predictor.predictor_embed, model.predictor.predictor_blocks
+        sizes = embed.out_features, len(blocks), blocks.blocks()[0].attn.heads
+        predictor = Predictor(model.encoder.shape.grid, embed.in_features, *sizes)
+        predictor.load_state_dict(_below("predictor.", weights) | dict(predictor.named_buffers()))
+        return predictor.to(model.predictor.predictor_pos_embed)
+    if model.decoder is None:
+        return None
+    blocks = model.decoder.decoder_blocks
+    sizes = model.decoder.decoder_embed.out_features, len(blocks), blocks.blocks()[0].attn.heads
+    decoder = MAEDecoder(model.encoder.shape, *sizes)
+    decoder.load_state_dict(_below("decoder.", weights) | dict(decoder.named_buffers()))
+    return decoder.to(model.decoder.decoder_pos_embed)
+
+
+def _below(prefix: str, weights: Named) -> dict[str, Tensor]:
+    """The weights whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def how_it_runs(learner: Learner, config: Config, world: World) -> str:

@@ -10,6 +10,8 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastjepa.evaluation.showing import Showing, showing_of
+
 T = TypeVar("T")
 
 Metrics = list[dict[str, float]]  # a row per logged step, ascending; a key is there where it was logged
@@ -58,6 +60,8 @@ class Snapshot:
     features: Tensor  # fp16 [n, N, D]
     context: list[Tensor]  # n of int64 [K_i]
     targets: Tensor | None  # int64 [M, n, P]; None: everything outside the context is predicted
+    showing: Showing = field(default_factory=Showing)  # nothing, where an older version wrote it
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,4 +174,6 @@ def _read_snapshot(path: Path) -> Snapshot:
         features=tensors["features"],
         context=context,
         targets=tensors.get("targets"),
+        showing=showing_of(tensors),
+        class_names=tuple(json.loads(metadata.get("class_names", "[]"))),
     )

@@ -21,7 +21,7 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 
 def mask_pictures(snapshot: Snapshot) -> list[Figure]:
     """What the context encoder sees, with the blocks to predict outlined; four images to a figure."""
-    images = _rgb(snapshot.images)
+    images = rgb(snapshot.images)
     return [_mask_row(snapshot, images, chosen) for chosen in _rows_of_images(len(images))]
 
 
@@ -53,7 +53,7 @@ def when(snapshot: Snapshot) -> str:
 def feature_pictures(snapshots: list[Snapshot], colours: list[np.ndarray]) -> list[Figure]:
     """Images, and under them their features as colours, a row per snapshot; four images to a figure."""
     names = ["image", *map(when, snapshots)]
-    images = _rgb(snapshots[0].images)
+    images = rgb(snapshots[0].images)
     rows = [images, *colours]
     figures = []
     for chosen in _rows_of_images(len(images)):
@@ -160,7 +160,7 @@ def _enlarge(block: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return block.repeat(size[0] // block.shape[0], axis=0).repeat(size[1] // block.shape[1], axis=1)
 
 
-def _rgb(images: Tensor) -> np.ndarray:
+def rgb(images: Tensor) -> np.ndarray:
     """uint8 [n, C, H, W] -> [n, H, W, 3] in [0, 1]; of 2 or 4 channels the first is shown."""
     channels = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
     return channels.permute(0, 2, 3, 1).numpy() / 255

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
-from fastjepa.report import figures, patches, words
+from fastjepa.report import figures, patches, shown, words
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
@@ -146,7 +146,7 @@ def _curves(run: Run) -> list[Picture]:
 def _patches(run: Run) -> list[Picture]:
     if not run.snapshots:
         return []
-    last = run.snapshots[-1]
+    first, last = run.snapshots[0], run.snapshots[-1]
     if last.targets is None:
         what = "Everything outside is to be predicted."
     else:
@@ -162,7 +162,7 @@ def _patches(run: Run) -> list[Picture]:
         [figures.to_png(figure) for figure in patches.mask_pictures(last)],
         words.masks(last),
     )
-    return [masks, _features(run.snapshots)]
+    return [masks, _features(run.snapshots), *shown.pictures(first, last)]
 
 
 def _features(snapshots: list[Snapshot]) -> Picture:

@@ -123,7 +123,9 @@ def test_a_finished_run_has_every_part(run_dir: Path) -> None:
         "Schedules",
         "Masks as sampled",
         "Patch features as colours",
+        "Predictions, neighbours and attention",  # which these snapshots lack, and which it says
     ]
+    assert "The snapshot of step 100 has none of it" in page.text
     assert "shoes & <shirts>" in page.text
     assert "size: tiny  # <- & more" in page.text
     assert "beats raw pixels by linear probe and kNN" in page.text
