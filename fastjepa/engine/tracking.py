@@ -178,7 +178,7 @@ def _end_wandb_service() -> None:
     setup: Any = wandb_setup.singleton()
     connection = getattr(setup, "_connection", None)
     process = getattr(getattr(connection, "_proc", None), "_process", None)
-    if process is not None:
+    if connection is not None and process is not None:
         if connection._cleanup is not None:  # what would speak to it, and wait for it, as Python ends
             connection._cleanup()
         setup._connection = None  # a later run has a process of its own, and is not led to this one

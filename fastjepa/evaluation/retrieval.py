@@ -70,7 +70,9 @@ def retrieve(
     side = side_of(patch, grid)
     hidden = shrink(cut(images, patch), side)  # [n, N, C, s, s]
     patches = shrink(cut(bank.images, patch), side).flatten(0, 1)  # [b N, C, s, s]
-    pictures = [join(fill(hidden, targets, patches[best[..., 0]]), grid) for best in found]
+    by_prediction, by_target, by_mean = (
+        join(fill(hidden, targets, patches[best[..., 0]]), grid) for best in found
+    )
 
     examples, example_image, example_block, example_place = [], [], [], []
     for image in (torch.arange(min(_EXAMPLE_IMAGES, n)) * n // min(_EXAMPLE_IMAGES, n)).tolist():
@@ -86,7 +88,9 @@ def retrieve(
             example_block.append(block)
             example_place.append(place)
     return Retrieved(
-        *pictures,
+        by_prediction,
+        by_target,
+        by_mean,
         example_image=torch.tensor(example_image),
         example_block=torch.tensor(example_block),
         example_place=torch.tensor(example_place),

@@ -148,5 +148,7 @@ def showing_of(tensors: Mapping[str, Tensor]) -> Showing:
 
 def _part(name: str, kind: type[Shown], tensors: Mapping[str, Tensor]) -> Shown | None:
     """None unless all of it is there."""
-    wanted = {field.name: tensors.get(f"{name}.{field.name}") for field in fields(kind)}
-    return None if any(tensor is None for tensor in wanted.values()) else kind(**wanted)
+    keys = {field.name: f"{name}.{field.name}" for field in fields(kind)}
+    if not tensors.keys() >= set(keys.values()):
+        return None
+    return kind(**{field: tensors[key] for field, key in keys.items()})

@@ -208,9 +208,8 @@ def _chart(title: str, caption: str, figure: Figure | None, alt: str) -> Picture
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # a run that ends while it is watched writes too
+    # Of this process: a run that ends while it is watched writes too.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
