@@ -45,9 +45,13 @@ def _predictions(first: Snapshot, last: Snapshot) -> Picture | None:
         f"reaches {_mean(view.of_mean)}: a high cosine by itself proves nothing. Nor does a good prediction "
         "prove a good target: one that says little is easy to predict."
     )
-    return _drawn(
-        "What the predictor predicts", caption, predictions.prediction_pictures(last, view, targets)
+    blocks = ", ".join(_mean(block) for block in view.centred)
+    alt = (
+        f"{len(last.images)} images with the cosine of prediction and target over each hidden patch, as "
+        f"colours. Mean of each block over the images, in turn: {blocks}."
     )
+    drawn = predictions.prediction_pictures(last, view, targets)
+    return _drawn("What the predictor predicts", caption, drawn, alt)
 
 
 def _retrieved(last: Snapshot) -> Picture | None:
@@ -57,15 +61,17 @@ def _retrieved(last: Snapshot) -> Picture | None:
     caption = (
         "Each patch that is to be predicted, filled with a patch of training images: the one whose target "
         "representation is nearest to what the predictor says; to the true target, which is the best that "
-        "this can look; and to the mean target of the place, which knows nothing of the "
-        "image. Where the first "
-        "looks like the second and unlike the third, the predictor has understood something. The patches "
-        "outside the outlines are the image's own. No decoder is at work, and what the representation leaves "
-        "out, such as brightness, may be wrong without being a fault."
+        "this can look; and to the mean target of the place, which knows nothing of the image. Where the "
+        "first looks like the second and unlike the third, the predictor has understood something. The "
+        "patches outside the outlines are the image's own. No decoder is at work, and what the "
+        "representation leaves out, such as brightness, may be wrong without being a fault."
     )
-    return _drawn(
-        "Predictions as patches of other images", caption, predictions.retrieval_pictures(last, view, targets)
+    alt = (
+        f"{len(last.images)} images, and each three times with its {len(targets)} hidden blocks filled with "
+        "patches of other images: by prediction, by the true target, by the mean target."
     )
+    drawn = predictions.retrieval_pictures(last, view, targets)
+    return _drawn("Predictions as patches of other images", caption, drawn, alt)
 
 
 def _examples(last: Snapshot) -> Picture | None:
@@ -73,13 +79,16 @@ def _examples(last: Snapshot) -> Picture | None:
     if view is None:
         return None
     caption = (
-        "One hidden patch of each block of two images, framed, amid its surroundings, and the "
-        "training patches "
-        "nearest to what was predicted for it and to its true target. Grey lies outside the "
-        "image. The patches "
-        "are the middle ones of their blocks, and were not chosen for their looks."
+        "One hidden patch of each block of two images, framed, amid its surroundings, and the training "
+        "patches nearest to what was predicted for it and to its true target. Grey lies outside the image. "
+        "The patches are the middle ones of their blocks, and were not chosen for their looks."
     )
-    return _drawn("The nearest patches, one by one", caption, [predictions.example_picture(view)])
+    near = (view.examples.shape[1] - 1) // 2
+    alt = (
+        f"{len(view.examples)} hidden patches, and beside each the {near} patches nearest to its prediction "
+        f"and the {near} nearest to its true target."
+    )
+    return _drawn("The nearest patches, one by one", caption, [predictions.example_picture(view)], alt)
 
 
 def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
@@ -87,9 +96,8 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     if view is None or targets is None:
         return None
     given = (
-        "It was trained on patches that are normalised one by one, so each hidden patch is "
-        "given its true mean "
-        "and contrast back: judge the pattern within patches, beside what the mean alone shows"
+        "It was trained on patches that are normalised one by one, so each hidden patch is given its true "
+        "mean and contrast back: judge the pattern within patches, beside what the mean alone shows"
         if view.is_normalised
         else "Beside it: the mean colour of what is seen"
     )
@@ -98,11 +106,16 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     caption = (
         f"What the decoder paints where the encoder does not see. {given}. Agreement: the correlation of the "
         f"pixels painted and the true ones in each patch, {_mean(view.correlation)} on the average{before}; "
-        f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches "
-        "of one grey are "
-        "left out. Sharp pixels are not what makes features good, nor blurred ones what makes them bad."
+        f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches of one grey "
+        "are left out. Sharp pixels are not what makes features good, nor blurred ones what makes them bad."
     )
-    return _drawn("What the decoder paints", caption, painting.painting_pictures(last, view, targets[0]))
+    alt = (
+        f"{len(last.images)} images, and each with its {targets.shape[2]} hidden patches as the decoder "
+        "paints them and as what it was given shows them. Mean correlation with the true pixels: "
+        f"{_mean(view.correlation)}."
+    )
+    drawn = painting.painting_pictures(last, view, targets[0])
+    return _drawn("What the decoder paints", caption, drawn, alt)
 
 
 def _neighbours(last: Snapshot) -> Picture | None:
@@ -110,9 +123,8 @@ def _neighbours(last: Snapshot) -> Picture | None:
     if view is None:
         return None
     caption = (
-        f"The nearest of {len(view.bank_labels):,} training images by mean-pooled features, "
-        "and below them by "
-        "raw pixels. Where both find the same, the features have added nothing."
+        f"The nearest of {len(view.bank_labels):,} training images by mean-pooled features, and below them "
+        "by raw pixels. Where both find the same, the features have added nothing."
     )
     if neighbours.has_labels(view):
         features, pixels, chance = map(percent, neighbours.same_label(view))
@@ -120,7 +132,11 @@ def _neighbours(last: Snapshot) -> Picture | None:
             f" Blue: the same label. Of these few, {features} by features and {pixels} by pixels have it, "
             f"{chance} by chance; the probes above count many more."
         )
-    return _drawn("Nearest images", caption, neighbours.neighbour_pictures(last, view))
+    alt = (
+        f"{len(last.images)} images, and for each the {view.by_features.shape[1]} nearest of "
+        f"{len(view.bank_labels):,} others by features, and by raw pixels."
+    )
+    return _drawn("Nearest images", caption, neighbours.neighbour_pictures(last, view), alt)
 
 
 def _attended(last: Snapshot) -> Picture | None:
@@ -138,7 +154,11 @@ def _attended(last: Snapshot) -> Picture | None:
         "heads apart. It shows from where information is taken, not what the features hold: earlier blocks "
         "have mixed the patches before."
     )
-    return _drawn("Where the encoder looks", caption, attention.attention_pictures(last, view))
+    alt = (
+        f"{len(last.images)} images, and maps of the attention of the last block over each: from one patch, "
+        f"received on the average, and of some of its {view.from_patch.shape[1]} heads."
+    )
+    return _drawn("Where the encoder looks", caption, attention.attention_pictures(last, view), alt)
 
 
 def _mean(values: Tensor) -> str:
@@ -146,5 +166,5 @@ def _mean(values: Tensor) -> str:
     return f"{float(values.float().nanmean()):.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _drawn(title: str, caption: str, drawn: list[Figure]) -> Picture:
-    return Picture(title, caption, [figures.to_png(figure) for figure in drawn])
+def _drawn(title: str, caption: str, drawn: list[Figure], alt: str) -> Picture:
+    return Picture(title, caption, [figures.to_png(figure) for figure in drawn], alt)
