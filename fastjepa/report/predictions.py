@@ -114,8 +114,11 @@ def _tall(images: np.ndarray) -> float:
 
 
 def _scale_of(values: np.ndarray) -> tuple[Colormap, Normalize, list[float]]:
-    """Colours from -1 to 1, or from the least value on where all are well above 0, so that they differ."""
-    low = math.floor(10 * float(values.min())) / 10
+    """Colours from -1 to 1, or where nearly all are well above 0 from where these begin, so that they differ.
+
+    The few below have the colour of the lower end.
+    """
+    low = math.floor(10 * float(np.quantile(values, 0.05))) / 10
     if low <= 0:
         return AGREEMENT, Normalize(-1, 1), [-1, -0.5, 0, 0.5, 1]
     low = min(low, 0.9)
