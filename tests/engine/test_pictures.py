@@ -1,5 +1,7 @@
 """What a run shows, from its first snapshot to its report, and that training does not notice."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,6 +52,24 @@ def test_a_run_shows_what_it_predicts(train: "Trainer", objective: str) -> None:
     for title in titles:
         assert f"<h3>{title}</h3>" in page
     assert all(path.stat().st_size < 1 << 20 for path in (train.run / "report" / "snapshots").iterdir())
+
+
+def test_a_predictor_that_is_cut_shows_the_same(
+    trainer_at: "Callable[[Path], Trainer]", tmp_path: Path
+) -> None:
+    shown = []
+    for stage in ("0", "3"):
+        home = tmp_path / stage
+        home.mkdir()
+        trainer = trainer_at(home)
+        trainer("optim.steps=5", f"speed.zero_stage={stage}").check()
+        _, last = load_run(trainer.run).snapshots
+        assert last.step == 5
+        assert last.showing.predictions is not None
+        shown.append(last.showing.predictions)
+    whole, cut = shown
+    torch.testing.assert_close(cut.centred, whole.centred, rtol=0, atol=2e-3)
+    torch.testing.assert_close(cut.cosine, whole.cosine, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("mode", ["budget", "packed", "truncate"])
