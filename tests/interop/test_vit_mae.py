@@ -1,0 +1,161 @@
+"""An MAE and its decoder in transformers, beside our own: what is hidden, what is painted, and the loss."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastjepa.interop import to_vit_mae
+from fastjepa.interop.export import TOLERANCE, export, prepare
+from fastjepa.interop.formats import FORMATS
+from fastjepa.interop.provenance import Provenance
+from fastjepa.interop.staging import ExportError
+from fastjepa.interop.vit_mae import noise_for, run_mae
+from fastjepa.objectives import MAE
+from tests.interop.handing_over import images, jepa, mae, picture, run_alone
+
+FORM = next(form for form in FORMATS if form.name == "transformers-mae")
+ORIGIN = Provenance("weights.pth.tar")
+LIMIT = 1e-5
+
+
+def normalised(model: MAE, pixels: Tensor) -> Tensor:
+    values = (model.encoder.pixel_mean, model.encoder.pixel_std)
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in values)
+    return (pixels / 255 - mean) / std
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize(("channels", "mask_ratio"), [(3, 0.75), (1, 0.6)])
+@torch.no_grad()
+def test_the_same_patches_are_hidden_and_the_loss_is_the_same(
+    channels: int, mask_ratio: float, norm_pix_loss: bool
+) -> None:
+    model = mae(channels, (24, 24), mask_ratio, norm_pix_loss)
+    pixels, noise = images(model.encoder.shape), torch.rand(4, 36, generator=torch.Generator().manual_seed(7))
+    theirs = to_vit_mae(model)
+    found = theirs(normalised(model, pixels), noise=noise)
+
+    order, kept = noise.argsort(dim=1), int(36 * (1 - mask_ratio))
+    loss, prediction, _ = model(pixels, order[:, :kept], order[:, kept:], norm_pix_loss)
+    assert prediction.std() > 0.3, "pixels that are all alike would fit anything"
+    assert (found.logits - prediction).abs().max() < LIMIT * prediction.abs().max()
+    assert abs(found.loss - loss) < LIMIT * max(1, loss)
+    hidden = torch.stack([row.nonzero()[:, 0] for row in found.mask])  # [B, N - K]
+    assert torch.equal(hidden, order[:, kept:].sort(dim=1).values)
+    assert (theirs.config.mask_ratio, theirs.config.norm_pix_loss) == (mask_ratio, norm_pix_loss)
+
+
+@torch.no_grad()
+def test_it_has_weights_of_its_own() -> None:
+    model = mae()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in to_vit_mae(model).state_dict().values():
+        tensor.fill_(9)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+ALONE = """
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForPreTraining, ViTMAEForPreTraining, ViTMAEModel
+
+given = load_file("given.safetensors")
+
+def check(name, found):
+    assert given[name].shape == found.shape, (name, found.shape)
+    worst = (given[name] - found).abs().max().item() / max(1, given[name].abs().max().item())
+    assert worst < 1e-5, (name, worst)
+
+processor = AutoImageProcessor.from_pretrained("out")
+inputs = processor(Image.open("image.png"), return_tensors="pt")
+model = ViTMAEForPreTraining.from_pretrained("out").eval()
+assert type(AutoModelForPreTraining.from_pretrained("out")) is ViTMAEForPreTraining
+with torch.no_grad():
+    found = model(**inputs, noise=given["noise"])
+    check("pixels", found.logits)
+    check("mask", found.mask)
+    check("loss", found.loss)
+    in_order = torch.arange(given["noise"].shape[1])[None]
+    encoder = ViTMAEModel.from_pretrained("out", mask_ratio=0.0).eval()
+    check("tokens", encoder(**inputs, noise=in_order).last_hidden_state)
+model.train()(**inputs).loss.backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+"""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transformers_reads_it_where_fastjepa_is_not(channels: int, tmp_path: Path) -> None:
+    """The loss of a picture, the encoder by itself, and training that goes on."""
+    model = mae(channels, mask_ratio=0.6, norm_pix_loss=channels == 3)
+    done = export(prepare(model, FORM), FORM, ORIGIN, tmp_path / "out")
+    assert 0 < done.difference <= TOLERANCE
+    assert {path.name for path in done.path.iterdir()} == {
+        "README.md",
+        "config.json",
+        "fastjepa_export.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    # Blocks as transformers 4 names them, which 5 reads too.
+    names = load_file(done.path / "model.safetensors").keys()
+    for stack in ("vit.encoder.layer", "decoder.decoder_layers"):
+        assert f"{stack}.1.attention.attention.query.weight" in names
+    here = str(Path(__file__).resolve().parents[2]).encode()
+    assert not any(here in path.read_bytes() for path in done.path.iterdir()), "it tells of the machine"
+
+    said = run_mae(model, picture(model.encoder.shape, tmp_path / "image.png"))
+    named = dict(zip(("tokens", "pixels", "mask", "loss"), said, strict=True))
+    save_file(named | {"noise": noise_for(1, 16)}, tmp_path / "given.safetensors")
+    run_alone(ALONE, tmp_path)
+
+
+def test_the_card_says_what_paints_and_how_it_is_judged(tmp_path: Path) -> None:
+    done = export(prepare(mae(norm_pix_loss=False), FORM), FORM, ORIGIN, tmp_path / "out")
+    text = done.card.read_text()
+    for line in (
+        "library_name: transformers",
+        "| Method | MAE |",
+        "| Decoder | 2 blocks of width 16, 2 heads |",
+        "| Loss | mean squared error of hidden normalised pixels; 75% of the patches are hidden |",
+    ):
+        assert f"{line}\n" in text
+    assert "pipeline_tag" not in text
+
+
+@pytest.mark.parametrize("name", ["decoder_pos_embed", "mask_token", "decoder_blocks.1.attn.qkv.bias"])
+def test_a_decoder_that_is_another_is_seen(name: str, tmp_path: Path) -> None:
+    other = mae()
+    assert other.decoder is not None
+    with torch.no_grad():
+        other.decoder.state_dict()[name].flatten()[-1].add_(0.05)
+    writes = replace(FORM, write=lambda _given, path: FORM.write(prepare(other, FORM), path))
+    with pytest.raises(ExportError, match="reads what was written otherwise"):
+        export(prepare(mae(), FORM), writes, ORIGIN, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_decoder_is_refused(tmp_path: Path) -> None:
+    model = mae()
+    assert model.decoder is not None
+    with torch.no_grad():
+        model.decoder.decoder_pred.bias[3] = torch.nan
+    with pytest.raises(ExportError, match="what the model gives is not finite"):
+        export(prepare(model, FORM), FORM, ORIGIN, tmp_path / "out")
+
+
+def test_what_it_cannot_hold() -> None:
+    with pytest.raises(ExportError, match=r"this is an I-JEPA, .* take format transformers"):
+        prepare(jepa(), FORM)
+    with pytest.raises(ExportError, match=r"square images alone, got 16 x 24 pixels: take format official"):
+        prepare(mae(image_size=(16, 24)), FORM)
+    with pytest.raises(ExportError, match="leave out --encoder and --image-size"):
+        prepare(mae(), FORM, image_size=(32, 32))
+    with pytest.raises(ValueError, match="this is an I-JEPA"):
+        to_vit_mae(jepa())
+    with pytest.raises(ExportError, match=r"an encoder alone, .* take a full pretraining checkpoint"):
+        prepare(MAE(mae().encoder, None), FORM)
