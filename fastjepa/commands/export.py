@@ -7,7 +7,7 @@ from typing import Any
 
 from fastjepa.commands.refusal import refuse
 
-FORMATS = ("official", "transformers", "timm", "safetensors", "onnx", "torch")
+FORMATS = ("official", "transformers", "transformers-mae", "timm", "safetensors", "onnx", "torch")
 
 
 def add_to(commands: Any) -> None:

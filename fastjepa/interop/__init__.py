@@ -6,6 +6,7 @@ from fastjepa.interop.official import load_official, save_official
 from fastjepa.interop.start import load_initial_weights
 from fastjepa.interop.tensorfile import load_encoder, save_encoder
 from fastjepa.interop.timm_vit import to_timm
+from fastjepa.interop.vit_mae import to_vit_mae
 
 __all__ = [
     "LinearHead",
@@ -18,4 +19,5 @@ __all__ = [
     "save_official",
     "to_timm",
     "to_transformers",
+    "to_vit_mae",
 ]

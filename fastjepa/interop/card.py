@@ -4,15 +4,23 @@ from pathlib import PurePath
 
 from fastjepa.config import Config
 from fastjepa.interop.formats import Format, Handover
+from fastjepa.interop.loading import heads_of
 from fastjepa.interop.provenance import Provenance, version_of_code
-from fastjepa.objectives import JEPA
+from fastjepa.interop.vit_mae import decoder_of
+from fastjepa.objectives import JEPA, MAE
 from fastjepa.report.load import Probe
 
-LIBRARIES = {"transformers": "transformers", "timm": "timm", "onnx": "onnx"}
+LIBRARIES = {
+    "transformers": "transformers",
+    "transformers-mae": "transformers",
+    "timm": "timm",
+    "onnx": "onnx",
+}
 INPUTS = {
     "onnx": "8-bit pixels, uint8 [batch, channels, height, width]: the graph normalises them itself",
     "torch": "8-bit pixels, uint8 [batch, channels, height, width]: the graph normalises them itself",
     "transformers": "normalised pixels, as the image processor beside it makes them",
+    "transformers-mae": "normalised pixels, as the image processor beside it makes them",
     "timm": "normalised pixels, as the transform of its configuration makes them",
 }
 FASTJEPA_INPUT = "8-bit pixels, or normalised ones in floating point"
@@ -49,7 +57,8 @@ def write_card(given: Handover, form: Format, origin: Provenance, name: str, che
 
 def _front(form: Format) -> str:
     library = f"library_name: {LIBRARIES[form.name]}\n" if form.name in LIBRARIES else ""
-    pipeline = "pipeline_tag: image-feature-extraction\n"
+    # transformers' pipeline of that name would hide patches.
+    pipeline = "" if form.name == "transformers-mae" else "pipeline_tag: image-feature-extraction\n"
     return f"---\nlicense: # yours to say\n{library}{pipeline}tags: [fastjepa, self-supervised]\n---\n"
 
 
@@ -87,9 +96,24 @@ def _what_it_is(given: Handover, form: Format) -> str:
     if form.name == "official":
         networks = "encoder, predictor and target encoder" if method == "I-JEPA" else "encoder and decoder"
         rows.append(("Holds", f"{networks}, in the layout that {method} was published in"))
+    if form.name == "transformers-mae":
+        rows += _painting(given)
     if given.head is not None:
         rows.append(("Classes", ", ".join(given.head.names)))
     return _table(rows)
+
+
+def _painting(given: Handover) -> list[tuple[str, object]]:
+    model, decoder = given.model, decoder_of(given.model)
+    assert isinstance(model, MAE), "or there is no decoder"
+    width, heads = decoder.decoder_embed.out_features, heads_of(model)["decoder_heads"]
+    numbers = sum(parameter.numel() for parameter in decoder.parameters())
+    pixels = "pixels normalised patch by patch" if model.norm_pix_loss else "normalised pixels"
+    return [
+        ("Decoder", f"{len(decoder.decoder_blocks)} blocks of width {width}, {heads} heads"),
+        ("Parameters of the decoder", f"{numbers:,}"),
+        ("Loss", f"mean squared error of hidden {pixels}; {model.mask_ratio:.0%} of the patches are hidden"),
+    ]
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -16,6 +16,7 @@ from fastjepa.interop.head import LinearHead
 from fastjepa.interop.portable import at_image_size, choose_encoder
 from fastjepa.interop.provenance import Provenance
 from fastjepa.interop.staging import ExportError, card_beside, check_place, mark, place, staging
+from fastjepa.interop.vit_mae import decoder_of
 from fastjepa.objectives import JEPA, MAE
 
 TOLERANCE = 1e-5  # of the largest value: some ulps of fp32, added up over the blocks
@@ -62,6 +63,8 @@ def prepare(
             "leave --head out, or take timm, onnx or torch"
         )
     try:
+        if form.name == "transformers-mae":
+            decoder_of(model)
         chosen = choose_encoder(model, encoder)
         resized = at_image_size(chosen, image_size or chosen.shape.image_size)
     except ValueError as error:
@@ -101,7 +104,7 @@ def export(given: Handover, form: Format, origin: Provenance, out: Path, force: 
     """
     check_place(out, form.is_folder, force)
     check_packages(form)
-    ours = _ours(given)
+    ours = _ours(given, form)
     with staging(out) as staged:
         path = staged / out.name
         try:
@@ -116,7 +119,7 @@ def export(given: Handover, form: Format, origin: Provenance, out: Path, force: 
                 f"{difference:.1e} and may be {TOLERANCE:.0e}. Nothing was left behind; please report it"
             )
         checked = (
-            f"Read back by {tool} and run on {IMAGES} random images, beside the encoder of fastjepa "
+            f"Read back by {tool} and run on {IMAGES} random images, beside fastjepa "
             f"{__version__}, in fp32 on a CPU: the largest difference is {difference:.1e} of the largest "
             f"value, and {TOLERANCE:.0e} was allowed."
         )
@@ -131,7 +134,7 @@ def export(given: Handover, form: Format, origin: Provenance, out: Path, force: 
 
 
 def largest_difference(ours: Said, theirs: Said) -> float:
-    """Of tokens and logits, in units of our largest value or of 1; not a number where one of them is none.
+    """Of any tensor, in units of our largest value there or of 1; not a number where one of them is none.
 
     Raises:
         ExportError: shapes differ.
@@ -155,15 +158,11 @@ def _images(given: Handover) -> Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
 
 
-@torch.no_grad()
-def _ours(given: Handover) -> Said:
-    tokens = given.encoder(_images(given))  # [B, N, D]
-    if not tokens.isfinite().all():
-        raise ExportError(
-            "the encoder's features are not finite: the run has diverged; take another checkpoint"
-        )
-    features = tokens[:, int(given.encoder.shape.class_token) :].mean(dim=1)  # [B, D]
-    return tokens, None if given.head is None else given.head.logits(features)
+def _ours(given: Handover, form: Format) -> Said:
+    said = form.ours(given, _images(given))
+    if not all(tensor is None or tensor.isfinite().all() for tensor in said):
+        raise ExportError("what the model gives is not finite: the run has diverged; take another checkpoint")
+    return said
 
 
 def _version(package: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.interop import graphs, huggingface, loading, tensorfile, timm_vit
+from fastjepa.interop import graphs, huggingface, loading, tensorfile, timm_vit, vit_mae
 from fastjepa.interop.head import LinearHead
 from fastjepa.interop.official import load_official, save_official
 from fastjepa.interop.staging import ExportError
@@ -32,7 +32,15 @@ class Handover:
     head: LinearHead | None = None
 
 
-Said = tuple[Tensor, Tensor | None]  # tokens [B, N, D], and logits [B, classes] where there is a head
+Said = tuple[Tensor | None, ...]
+"""Tokens [B, N, D], and logits [B, classes] where there is a head. Of an MAE and its decoder `Painted`."""
+
+
+@torch.no_grad()
+def _encoder_says(given: Handover, images: Tensor) -> Said:
+    tokens = given.encoder(images)  # [B, N, D]
+    features = tokens[:, int(given.encoder.shape.class_token) :].mean(dim=1)  # [B, D]
+    return tokens, None if given.head is None else given.head.logits(features)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Format:
     write: to a path, which is not there yet.
     run: has its own tool read that path, and gives what it says of uint8 images [B, C, H, W], B at least 2.
     lines: of Python that load a file or folder of some name.
+    ours: what `run` should give.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Format:
     write: Callable[[Handover, Path], None]
     run: Callable[[Handover, Path, Tensor], Said]
     lines: Callable[[Handover, str], str]
+    ours: Callable[[Handover, Tensor], Said] = _encoder_says
 
     @property
     def is_folder(self) -> bool:
@@ -104,6 +114,18 @@ FORMATS = (
         write=lambda given, path: huggingface.save_transformers(given.encoder, given.head, path),
         run=lambda _given, path, images: huggingface.run_transformers(path, images),
         lines=lambda given, name: loading.load_in_transformers(given.encoder, given.head, name),
+    ),
+    Format(
+        "transformers-mae",
+        (),
+        ("transformers", "torchvision"),
+        takes_head=False,
+        takes_encoder=False,
+        tool="transformers",
+        write=lambda given, path: vit_mae.save_vit_mae(given.model, path),
+        run=lambda _given, path, images: vit_mae.run_vit_mae(path, images),
+        lines=lambda given, name: loading.load_mae_in_transformers(given.encoder, name),
+        ours=lambda given, images: vit_mae.run_mae(given.model, images),
     ),
     Format(
         "timm",

@@ -2,7 +2,7 @@
 
 A JEPA's encoder is an `IJepaModel`: no class token, the final norm over all tokens. An MAE's is a `ViTModel`
 without its pooling layer, for `ViTMAEModel` hides patches at random in every forward pass and so gives no
-features of an image.
+features of an image. An MAE with its decoder is in vit_mae.py.
 """
 
 from collections.abc import Iterator
@@ -51,19 +51,8 @@ def transformers_of(encoder: VisionTransformer, head: LinearHead | None = None) 
     """As `to_transformers`, of an encoder."""
     from transformers import IJepaConfig, IJepaForImageClassification, IJepaModel, ViTConfig, ViTModel
 
-    shape, hidden = encoder.shape, round(encoder.shape.width * encoder.shape.mlp_ratio)
-    sizes: dict[str, Any] = {
-        "hidden_size": shape.width,
-        "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": hidden,
-        "layer_norm_eps": NORM_EPS,
-        "image_size": shape.image_size[0] if shape.image_size[0] == shape.image_size[1] else shape.image_size,
-        "patch_size": shape.patch_size,
-        "num_channels": shape.channels,
-    }
-    state = _renamed(encoder)
-    if shape.class_token:
+    sizes, state = sizes_of(encoder), renamed_encoder(encoder)
+    if encoder.shape.class_token:
         if head is not None:
             raise ValueError(
                 "transformers has no classifier on the mean of a class-token encoder's patches, only one on "
@@ -80,6 +69,21 @@ def transformers_of(encoder: VisionTransformer, head: LinearHead | None = None) 
         state |= {"classifier.weight": head.weight, "classifier.bias": head.bias}
     load_strict(made, state, type(made).__name__)
     return made.eval()
+
+
+def sizes_of(encoder: VisionTransformer) -> dict[str, Any]:
+    """What a ViT's configuration says of an encoder."""
+    shape = encoder.shape
+    return {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": round(shape.width * shape.mlp_ratio),
+        "layer_norm_eps": NORM_EPS,
+        "image_size": shape.image_size[0] if shape.image_size[0] == shape.image_size[1] else shape.image_size,
+        "patch_size": shape.patch_size,
+        "num_channels": shape.channels,
+    }
 
 
 def image_processor(encoder: VisionTransformer) -> Any:
@@ -106,7 +110,7 @@ def image_processor(encoder: VisionTransformer) -> Any:
 
 def save_transformers(encoder: VisionTransformer, head: LinearHead | None, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` and `preprocessor_config.json` into `folder`."""
-    with _without_progress_bars():
+    with without_progress_bars():
         transformers_of(encoder, head).save_pretrained(folder)
         image_processor(encoder).save_pretrained(folder)
 
@@ -121,7 +125,7 @@ def run_transformers(folder: Path, images: Tensor) -> tuple[Tensor, Tensor | Non
     """
     import transformers
 
-    with _without_progress_bars():
+    with without_progress_bars():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         made = getattr(transformers, config.architectures[0])
         without = {"add_pooling_layer": False} if made is transformers.ViTModel else {}
@@ -134,7 +138,7 @@ def run_transformers(folder: Path, images: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Files of this machine are read at once; a bar for each would bury what is said."""
     from transformers.utils import logging
 
@@ -147,7 +151,7 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _renamed(encoder: VisionTransformer) -> dict[str, Tensor]:
+def renamed_encoder(encoder: VisionTransformer) -> dict[str, Tensor]:
     """The encoder's tensors under transformers' names; queries, keys and values apart."""
     own = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
     found = {
@@ -159,9 +163,21 @@ def _renamed(encoder: VisionTransformer) -> dict[str, Tensor]:
     }
     if encoder.shape.class_token:
         found["embeddings.cls_token"] = own["cls_token"]
-    for number in range(encoder.shape.depth):
+    return found | renamed_blocks(own, "blocks", "layers")
+
+
+def renamed_blocks(own: dict[str, Tensor], prefix: str, their_prefix: str) -> dict[str, Tensor]:
+    """The tensors of a stack of blocks under transformers' names.
+
+    Args:
+        own: a state dict with the stack's tensors, named `PREFIX.NUMBER.…`.
+        prefix, their_prefix: of the stack's name, here and there.
+    """
+    found: dict[str, Tensor] = {}
+    depth = 1 + max(int(name.split(".")[1]) for name in own if name.startswith(f"{prefix}."))
+    for number in range(depth):
         for kind in ("weight", "bias"):
-            ours, theirs = f"blocks.{number}", f"layers.{number}"
+            ours, theirs = f"{prefix}.{number}", f"{their_prefix}.{number}"
             parts = own[f"{ours}.attn.qkv.{kind}"].chunk(3)  # [D, D] or [D] each
             for part, tensor in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
                 found[f"{theirs}.attention.{part}.{kind}"] = tensor

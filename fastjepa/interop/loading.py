@@ -113,6 +113,26 @@ with torch.no_grad():
 """
 
 
+def load_mae_in_transformers(encoder: VisionTransformer, name: str) -> str:
+    return f"""\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTMAEForPreTraining
+
+processor = AutoImageProcessor.from_pretrained({_text(name)})
+model = ViTMAEForPreTraining.from_pretrained({_text(name)}).eval()
+inputs = processor(Image.open("image.png").convert("{_mode(encoder)}"), return_tensors="pt")
+with torch.no_grad():
+    found = model(**inputs)  # hides patches at random, or those with the most of noise=, [1, N]
+pixels = model.unpatchify(found.logits)  # [1, C, H, W]; found.mask [1, N] is 1 where a patch was hidden
+loss = found.loss
+
+model.config.mask_ratio = 0.0  # for features nothing is hidden
+with torch.no_grad():
+    features = model.vit(**inputs).last_hidden_state[:, 1:].mean(dim=1)
+"""
+
+
 def load_in_timm(encoder: VisionTransformer, head: LinearHead | None, name: str) -> str:
     recipe = recipe_of(encoder, 0 if head is None else len(head.weight))
     lines = f"""\

@@ -31,9 +31,15 @@ def jepa(channels: int = 3, image_size: tuple[int, int] = (16, 16)) -> JEPA:
     return filled(JEPA(encoders[0], Predictor(of.grid, WIDTH, 16, 1, 2), encoders[1]))
 
 
-def mae() -> MAE:
-    of = shape(class_token=True)
-    return filled(MAE(VisionTransformer(of, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), MAEDecoder(of, 16, 1, 2)))
+def mae(
+    channels: int = 3,
+    image_size: tuple[int, int] = (16, 16),
+    mask_ratio: float = 0.75,
+    norm_pix_loss: bool = True,
+) -> MAE:
+    of = shape(True, channels, image_size)
+    encoder = VisionTransformer(of, (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels])
+    return filled(MAE(encoder, MAEDecoder(of, 16, 2, 2), mask_ratio, norm_pix_loss))
 
 
 def filled(model: Model) -> Model:
