@@ -18,6 +18,7 @@ from fastjepa.interop.portable import at_image_size
 from fastjepa.interop.start import load_trained
 from fastjepa.models import Predictor, VisionTransformer, ViTShape
 from fastjepa.objectives import JEPA
+from fastjepa.report.load import load_run
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -29,7 +30,7 @@ def run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPa
     trainer = trainer_at(tmp_path_factory.mktemp("cli"))
     command = [sys.executable, "-m", "fastjepa.cli", "train", "--config", str(trainer.write_config())]
     done = subprocess.run(
-        [*command, "optim.steps=7", "probe.at_ends=true"],
+        [*command, "optim.steps=7", "probe.at_ends=true", "probe.every_steps=5", "probe.queries=40"],
         env=trainer.environment,
         capture_output=True,
         text=True,
@@ -105,8 +106,20 @@ def test_a_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     ):
         assert said in text
     assert str(run) not in text, "where it lies is the owner's business"
-    assert main(["export", str(run / "checkpoints" / "step_00000005"), str(tmp_path / "5.safetensors")]) == 0
-    assert "The run was not judged at this step." in (tmp_path / "5.safetensors.md").read_text()
+    assert "was not judged" not in text
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_a_card_tells_which_encoder_was_judged_in_passing(run: Path, tmp_path: Path, which: str) -> None:
+    """And on how many images, which are fewer than at the end."""
+    source, file = run / "checkpoints" / "step_00000005", tmp_path / "5.safetensors"
+    assert main(["export", str(source), str(file), "--encoder", which]) == 0
+    text = (tmp_path / "5.safetensors.md").read_text()
+    [row] = [row for row in load_run(run).metrics if row["step"] == 5]
+    assert f"| the target encoder at step 5 | {row['knn_top1']:.1%} | {row['linear_top1']:.1%} |" in text
+    assert "judged in passing, on at most 40 images, by at most 100 others." in text
+    said = "The context encoder, which this is, was not judged at this step." in text
+    assert said == (which == "context")
 
 
 def test_a_published_file_is_exported_too(

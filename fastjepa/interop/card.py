@@ -35,7 +35,7 @@ def write_card(given: Handover, form: Format, origin: Provenance, name: str, che
         "## How it was trained\n",
         _training(given, origin),
         "## How good it is\n",
-        _probes(origin),
+        _probes(given, origin),
         "## How to load it\n",
         f"From the folder that `{name}` is in, with a picture `image.png`:\n",
         f"```python\n{form.lines(given, name)}```\n",
@@ -146,12 +146,15 @@ def _objective(config: Config) -> str:
     return "I-JEPA (arXiv:2301.08243): smooth L1 to the target encoder's tokens of hidden blocks"
 
 
-def _probes(origin: Provenance) -> str:
+def _probes(given: Handover, origin: Provenance) -> str:
     if not origin.probes:
         return "The run was not judged at this step.\n"
+    note = f"\nEncoders are {origin.probe_note}.\n" if origin.probe_note else ""
+    if isinstance(given.model, JEPA) and not any(f"{given.which} encoder" in p.name for p in origin.probes):
+        note += f"\nThe {given.which} encoder, which this is, was not judged at this step.\n"
     lines = ["| | kNN top-1 | linear top-1 | effective rank |", "|---|---|---|---|"]
     lines += [_row(probe) for probe in origin.probes]
-    return "\n".join(lines) + "\n" + (f"\nEncoders are {origin.probe_note}.\n" if origin.probe_note else "")
+    return "\n".join(lines) + "\n" + note
 
 
 def _row(probe: Probe) -> str:
