@@ -5,6 +5,7 @@ from pathlib import PurePath
 from fastjepa.config import Config
 from fastjepa.interop.formats import Format, Handover
 from fastjepa.interop.provenance import Provenance, version_of_code
+from fastjepa.models import HEADS_OF_WIDTH
 from fastjepa.objectives import JEPA
 from fastjepa.report.load import Probe
 
@@ -99,7 +100,12 @@ def _numbers(values: tuple[float, ...]) -> str:
 def _training(given: Handover, origin: Provenance) -> str:
     rows: list[tuple[str, object]] = [("Source", origin.source)]
     if origin.config is None or origin.position is None:
-        rows.append(("Known", "what its tensors show; the normalisation is that of ImageNet, as published"))
+        shape = given.encoder.shape
+        usual = HEADS_OF_WIDTH.get(shape.width) == shape.heads
+        heads = f"{shape.heads} heads, as published for its width; " if usual else ""
+        rows.append(
+            ("Known", f"what its tensors show; {heads}the normalisation is that of ImageNet, as published")
+        )
     else:
         config, there = origin.config, origin.position
         schedule = (
