@@ -13,7 +13,7 @@ import torch
 from fastjepa import __version__
 from fastjepa.cli import main
 from fastjepa.data.fashion_mnist import FashionMNIST
-from fastjepa.interop import load_official, save_official
+from fastjepa.interop import load_encoder, load_official, save_official
 from fastjepa.interop.portable import at_image_size
 from fastjepa.interop.start import load_trained
 from fastjepa.models import Predictor, VisionTransformer, ViTShape
@@ -60,7 +60,7 @@ def test_export_writes_what_was_trained(
     assert wrote == f"Wrote {file}, from {run / 'checkpoints' / f'step_{step}'}"
     assert compared == f"fastjepa {__version__} reads it back: largest difference 0.0e+00, allowed 1e-05"
     assert card == f"Card: {file}.md"
-    exported = load_official(file, heads=2).state_dict()
+    exported = load_official(file).state_dict()
     trained, _ = load_trained(run / source)
     assert exported.keys() == trained.state_dict().keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in trained.state_dict().items())
@@ -136,6 +136,47 @@ def test_a_published_file_is_exported_too(
     assert "normalisation is that of ImageNet" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_file_of_ours_is_exported_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Width 32 has no published heads: the file tells them."""
+    file, again = tmp_path / "ours.pth.tar", tmp_path / "again.pt2"
+    assert main(["export", str(run), str(file)]) == 0
+    assert main(["export", str(file), str(again)]) == 0
+    assert "Heads: 2, as the file or its width says" in capsys.readouterr().out
+    pixels = FashionMNIST(None, "test").images[:3].to(torch.uint8)
+    with torch.no_grad():
+        trained = load_official(file).target_encoder(pixels)
+    assert (torch.export.load(again).module()(pixels)[0] - trained).abs().max() < 1e-5
+    assert main(["export", str(run), str(tmp_path / "b.pt2"), "--heads", "2"]) == 1
+    assert "tells its heads itself: leave --heads out" in capsys.readouterr().err
+
+
+def test_heads_of_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    shape = ViTShape((16, 16), 8, 192, depth=1, heads=6)
+    model = JEPA(VisionTransformer(shape), Predictor(shape.grid, 192, 96, 1, 4))
+    ours, theirs = tmp_path / "ours.pth.tar", tmp_path / "theirs.pth.tar"
+    save_official(model, ours)
+    content = torch.load(ours, weights_only=True)
+    assert content.pop("fastjepa_heads") == {"heads": 6, "predictor_heads": 4}
+    torch.save(content, theirs)
+    assert main(["export", str(theirs), str(tmp_path / "taken.safetensors")]) == 0
+    assert "Heads: 3, as the file or its width says; if it has others, --heads N" in capsys.readouterr().out
+    assert "3 heads, as published for its width" in (tmp_path / "taken.safetensors.md").read_text()
+    assert main(["export", str(theirs), str(tmp_path / "told.pth"), "--heads", "6,4"]) == 0
+    told = load_official(tmp_path / "told.pth")
+    assert told.encoder.shape.heads == 6
+    assert told.predictor.predictor_blocks[0].attn.heads == 4
+    for wrong in ("0", "6,", "a", "6,4,2"):
+        with pytest.raises(SystemExit):
+            main(["export", str(theirs), str(tmp_path / "a.pth"), "--heads", wrong])
+    content["fastjepa_heads"] = {"heads": "6"}
+    torch.save(content, theirs)
+    assert main(["export", str(theirs), str(tmp_path / "a.pth")]) == 1
+    assert "its fastjepa_heads are no numbers of heads" in capsys.readouterr().err
+
+
 def test_export_does_not_overwrite_unasked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +186,7 @@ def test_export_does_not_overwrite_unasked(
     assert capsys.readouterr().err == f"error: {file} exists; give another name, or --force to replace it\n"
     assert file.read_text() == "mine"
     assert main(["export", str(run), str(file), "--force"]) == 0
-    assert load_official(file, heads=2)
+    assert load_official(file).encoder.shape.heads == 2
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +215,26 @@ def test_what_is_no_image_size(size: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["export", "run", "out.onnx", "--image-size", size])
     assert "--image-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(run: Path, tmp_path: Path, unbuffered: str) -> None:
+    """As after `| head -1`: the file is there, and nothing is said."""
+    file = tmp_path / "out.safetensors"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastjepa.cli", "export", str(run), str(file)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        timeout=150,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == (141 if unbuffered else 0)
+    assert load_encoder(file)
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
