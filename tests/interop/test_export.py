@@ -104,6 +104,23 @@ def test_what_goes_beside_a_file_replaces_nothing_either(tmp_path: Path, beside:
         check_place(tmp_path / "out.onnx", is_folder=False, force=False)
 
 
+def test_weights_beside_an_onnx_file_go_with_it(tmp_path: Path) -> None:
+    """And only those of the file that is replaced."""
+    onnx = pytest.importorskip("onnx")
+    form, out = BY_NAME["onnx"], tmp_path / "out.onnx"
+    made(jepa(), form, out)
+    beside = tmp_path / "out.onnx.data"
+    beside.write_text("somebody's")
+    made(jepa(), form, out, force=True)
+    assert beside.read_text() == "somebody's"
+    parted = {"save_as_external_data": True, "location": beside.name, "size_threshold": 0}
+    beside.unlink()
+    onnx.save(onnx.load(out), out, **parted)
+    assert beside.exists()
+    made(jepa(), form, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "out.onnx.md"]
+
+
 def test_a_folder_of_somebody_is_never_replaced(tmp_path: Path) -> None:
     form, out = BY_NAME["timm"], tmp_path / "out"
     out.mkdir()
