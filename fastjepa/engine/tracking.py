@@ -145,6 +145,8 @@ class WandB:
                 disable_code=True,
                 x_disable_meta=True,
                 x_disable_machine_info=True,
+                host="",
+                username="",
                 x_save_requirements=False,
             ),
         )
