@@ -136,47 +136,6 @@ def test_a_published_file_is_exported_too(
     assert "normalisation is that of ImageNet" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_file_of_ours_is_exported_again(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Width 32 has no published heads: the file tells them."""
-    file, again = tmp_path / "ours.pth.tar", tmp_path / "again.pt2"
-    assert main(["export", str(run), str(file)]) == 0
-    assert main(["export", str(file), str(again)]) == 0
-    assert "Heads: 2, as the file or its width says" in capsys.readouterr().out
-    pixels = FashionMNIST(None, "test").images[:3].to(torch.uint8)
-    with torch.no_grad():
-        trained = load_official(file).target_encoder(pixels)
-    assert (torch.export.load(again).module()(pixels)[0] - trained).abs().max() < 1e-5
-    assert main(["export", str(run), str(tmp_path / "b.pt2"), "--heads", "2"]) == 1
-    assert "tells its heads itself: leave --heads out" in capsys.readouterr().err
-
-
-def test_heads_of_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    shape = ViTShape((16, 16), 8, 192, depth=1, heads=6)
-    model = JEPA(VisionTransformer(shape), Predictor(shape.grid, 192, 96, 1, 4))
-    ours, theirs = tmp_path / "ours.pth.tar", tmp_path / "theirs.pth.tar"
-    save_official(model, ours)
-    content = torch.load(ours, weights_only=True)
-    assert content.pop("fastjepa_heads") == {"heads": 6, "predictor_heads": 4}
-    torch.save(content, theirs)
-    assert main(["export", str(theirs), str(tmp_path / "taken.safetensors")]) == 0
-    assert "Heads: 3, as the file or its width says; if it has others, --heads N" in capsys.readouterr().out
-    assert "3 heads, as published for its width" in (tmp_path / "taken.safetensors.md").read_text()
-    assert main(["export", str(theirs), str(tmp_path / "told.pth"), "--heads", "6,4"]) == 0
-    told = load_official(tmp_path / "told.pth")
-    assert told.encoder.shape.heads == 6
-    assert told.predictor.predictor_blocks[0].attn.heads == 4
-    for wrong in ("0", "6,", "a", "6,4,2"):
-        with pytest.raises(SystemExit):
-            main(["export", str(theirs), str(tmp_path / "a.pth"), "--heads", wrong])
-    content["fastjepa_heads"] = {"heads": "6"}
-    torch.save(content, theirs)
-    assert main(["export", str(theirs), str(tmp_path / "a.pth")]) == 1
-    assert "its fastjepa_heads are no numbers of heads" in capsys.readouterr().err
-
-
 def test_export_does_not_overwrite_unasked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +163,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
     for arguments, said in (
         (["--head", str(run / "config.yaml")], "config.yaml is not used as a head"),
         (["--image-size", "29"], "the nearest sizes that fit are 28 x 28"),
+        (["--heads", "2"], "tells its heads itself: leave --heads out"),
     ):
         assert main(["export", str(run), str(tmp_path / "a.onnx"), *arguments]) == 1
         assert said in capsys.readouterr().err
