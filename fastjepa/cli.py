@@ -4,6 +4,8 @@ Only what an install without extras has is imported before it is known what is a
 """
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -11,12 +13,35 @@ from fastjepa import __version__
 from fastjepa.commands import checkpoint, data, doctor, export, probe, report, track
 from fastjepa.commands.refusal import refuse
 
+READER_GONE = 141  # as a shell says it of a program that SIGPIPE ended
 EXPORT_PACKAGES = {"onnx", "onnxruntime", "onnxscript", "timm", "torchvision", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    status = READER_GONE
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_reader_gone():
+            raise
+    return status
+
+
+def _is_reader_gone() -> bool:
+    """Whether nobody takes our output any more, as after `| head -1`; what is still in it is thrown away."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def _run(given: list[str]) -> int:
     try:
         if given[:1] == ["train"]:  # has a parser of its own
             from fastjepa.signals import hold_signals

@@ -13,11 +13,12 @@ import torch
 from fastjepa import __version__
 from fastjepa.cli import main
 from fastjepa.data.fashion_mnist import FashionMNIST
-from fastjepa.interop import load_official, save_official
+from fastjepa.interop import load_encoder, load_official, save_official
 from fastjepa.interop.portable import at_image_size
 from fastjepa.interop.start import load_trained
 from fastjepa.models import Predictor, VisionTransformer, ViTShape
 from fastjepa.objectives import JEPA
+from fastjepa.report.load import load_run
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -29,7 +30,7 @@ def run(trainer_at: "Callable[[Path], Trainer]", tmp_path_factory: pytest.TempPa
     trainer = trainer_at(tmp_path_factory.mktemp("cli"))
     command = [sys.executable, "-m", "fastjepa.cli", "train", "--config", str(trainer.write_config())]
     done = subprocess.run(
-        [*command, "optim.steps=7", "probe.at_ends=true"],
+        [*command, "optim.steps=7", "probe.at_ends=true", "probe.every_steps=5", "probe.queries=40"],
         env=trainer.environment,
         capture_output=True,
         text=True,
@@ -59,7 +60,7 @@ def test_export_writes_what_was_trained(
     assert wrote == f"Wrote {file}, from {run / 'checkpoints' / f'step_{step}'}"
     assert compared == f"fastjepa {__version__} reads it back: largest difference 0.0e+00, allowed 1e-05"
     assert card == f"Card: {file}.md"
-    exported = load_official(file, heads=2).state_dict()
+    exported = load_official(file).state_dict()
     trained, _ = load_trained(run / source)
     assert exported.keys() == trained.state_dict().keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in trained.state_dict().items())
@@ -105,8 +106,20 @@ def test_a_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     ):
         assert said in text
     assert str(run) not in text, "where it lies is the owner's business"
-    assert main(["export", str(run / "checkpoints" / "step_00000005"), str(tmp_path / "5.safetensors")]) == 0
-    assert "The run was not judged at this step." in (tmp_path / "5.safetensors.md").read_text()
+    assert "was not judged" not in text
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_a_card_tells_which_encoder_was_judged_in_passing(run: Path, tmp_path: Path, which: str) -> None:
+    """And on how many images, which are fewer than at the end."""
+    source, file = run / "checkpoints" / "step_00000005", tmp_path / "5.safetensors"
+    assert main(["export", str(source), str(file), "--encoder", which]) == 0
+    text = (tmp_path / "5.safetensors.md").read_text()
+    [row] = [row for row in load_run(run).metrics if row["step"] == 5]
+    assert f"| the target encoder at step 5 | {row['knn_top1']:.1%} | {row['linear_top1']:.1%} |" in text
+    assert "judged in passing, on at most 40 images, by at most 100 others." in text
+    said = "The context encoder, which this is, was not judged at this step." in text
+    assert said == (which == "context")
 
 
 def test_a_published_file_is_exported_too(
@@ -132,7 +145,7 @@ def test_export_does_not_overwrite_unasked(
     assert capsys.readouterr().err == f"error: {file} exists; give another name, or --force to replace it\n"
     assert file.read_text() == "mine"
     assert main(["export", str(run), str(file), "--force"]) == 0
-    assert load_official(file, heads=2)
+    assert load_official(file).encoder.shape.heads == 2
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +163,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.Captu
     for arguments, said in (
         (["--head", str(run / "config.yaml")], "config.yaml is not used as a head"),
         (["--image-size", "29"], "the nearest sizes that fit are 28 x 28"),
+        (["--heads", "2"], "tells its heads itself: leave --heads out"),
     ):
         assert main(["export", str(run), str(tmp_path / "a.onnx"), *arguments]) == 1
         assert said in capsys.readouterr().err
@@ -161,6 +175,26 @@ def test_what_is_no_image_size(size: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["export", "run", "out.onnx", "--image-size", size])
     assert "--image-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(run: Path, tmp_path: Path, unbuffered: str) -> None:
+    """As after `| head -1`: the file is there, and nothing is said."""
+    file = tmp_path / "out.safetensors"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastjepa.cli", "export", str(run), str(file)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        timeout=150,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == (141 if unbuffered else 0)
+    assert load_encoder(file)
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

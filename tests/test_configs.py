@@ -111,6 +111,15 @@ def test_published_recipe_is_as_published(name: str) -> None:
         assert images == known["micro"], "masks are cut to the shortest of a micro-batch"
 
 
+@pytest.mark.parametrize("path", ON_FOLDERS, ids=name_of)
+def test_the_average_remembers_as_many_images_as_published(path: Path) -> None:
+    """Which docs/recipes.md advises: .996 is of steps of 2,048 images."""
+    optim = read(path.stem).optim
+    assert optim.momentum == pytest.approx(0.996 ** (optim.global_batch / 2048), abs=1e-5) or (
+        read(path.stem).objective.name == "mae"
+    )
+
+
 def twin_of(name: str) -> str:
     return name.replace("ijepa_", "mae_") if name.startswith("ijepa_") else f"{name}_mae"
 

@@ -31,6 +31,14 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--image-size", type=image_size, metavar="N", help="pixels of a side, or HxW; by default as trained"
     )
+    parser.add_argument(
+        "--heads",
+        type=heads,
+        default=(),
+        metavar="N[,M]",
+        help="attention heads of a published file, if not those of its width: of its encoder, and of "
+        "its predictor or decoder",
+    )
     parser.add_argument("--head", type=Path, metavar="FILE", help="a linear classifier that goes with it")
     parser.add_argument("--force", action="store_true", help="replace OUT: a file, or an earlier export")
     parser.set_defaults(do=run)
@@ -42,6 +50,13 @@ def image_size(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"must be a number of pixels such as 224, or 224x448, got {text!r}")
     return int(found[1]), int(found[2] or found[1])
+
+
+def heads(text: str) -> tuple[int, ...]:
+    """Of the encoder, and of the other network."""
+    if re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})?", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a number of heads such as 12, or 12,16, got {text!r}")
+    return tuple(map(int, text.split(",")))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         form = choose_format(options.format, out)
         check_place(out, form.is_folder, options.force)  # before anything large is read
         check_packages(form)
-        model, checkpoint = load_trained(options.source)
+        model, checkpoint = load_trained(options.source, options.heads)
         head = None if options.head is None else load_head(options.head, model.encoder.shape.width)
         given = prepare(model, form, options.encoder, options.image_size, head)
         done = export(given, form, provenance_of(checkpoint), out, options.force)
@@ -69,6 +84,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"Wrote {out}, from {checkpoint}")
     print(f"{done.tool} reads it back: largest difference {done.difference:.1e}, allowed {TOLERANCE:.0e}")
     print(f"Card: {done.card}")
+    if options.source.is_file() and not options.heads:
+        print(
+            f"Heads: {model.encoder.shape.heads}, as the file or its width says; if it has others, --heads N"
+        )
     if form.name == "timm":
         from fastjepa.interop.timm_vit import recipe_of
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastjepa.config import Config
 
 IMAGENET = 1_281_167  # images of ImageNet-1k
+MOST = 1e15  # bytes of a GPU; what is more is a slip of the keyboard, and its sums may overflow
 UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
 
@@ -102,8 +103,9 @@ def memory(text: str) -> float:
     """An argument such as 80GB or 79.6GiB, in bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B)", text, re.IGNORECASE)
     size = float(found[1]) * UNITS[found[2].upper()] if found else 0.0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"must be a number and MB, GB, TB, MiB, GiB or TiB, got {text!r}")
+    if not 0 < size <= MOST:
+        what = "must be a number and MB, GB, TB, MiB, GiB or TiB, at most 1000TB"
+        raise argparse.ArgumentTypeError(f"{what}, got {text!r}")
     return size
 
 
@@ -115,8 +117,8 @@ def _number(text: str) -> float:
 
 
 def _above_0(text: str) -> float:
-    if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not 1e-6 <= _number(text) <= 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, of 1e-6 to 1e9, got {text!r}")
     return float(text)
 
 

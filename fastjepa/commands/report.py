@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
         if options.watch is not None:
             return _watch(options.run, options.watch)
         print(f"Report: {write_report(options.run)}")
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return refuse(error)
     return 0

@@ -19,12 +19,15 @@ def check_files(host: Host, wants: Wants | None) -> Finding:
         return Finding("ok", "open files", "no limit")
     of_workers = FILES_PER_WORKER * workers
     needed = of_workers + (BESIDES if ranks == 1 else files_needed(ranks))
-    for_whom = f"{workers} loader workers" + (f" in each of {ranks} ranks" if ranks > 1 else "")
+    for_whom = counted(workers, "loader worker") if workers else "a run"
+    if ranks > 1:
+        for_whom = f"{for_whom} in each of {ranks} ranks" if workers else f"a run of {ranks} ranks"
     what = f"{limit:,} allowed (ulimit {flag})"
     if limit < needed:
         # What is counted for libraries and shards is seldom used up, but the trainer refuses ranks too many.
         is_refused = ranks > 1 and limit < files_needed(ranks)
-        where = ", as root before the launcher" if ranks > 1 else ", or lower speed.workers"
+        fewer = ", or lower speed.workers" if workers else ""
+        where = ", as root before the launcher" if ranks > 1 else fewer
         return Finding(
             "fail" if is_refused or limit < needed - BESIDES // 2 else "warn",
             "open files",

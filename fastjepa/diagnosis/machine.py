@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from fastjepa.diagnosis import patience
 from fastjepa.diagnosis.facts import Drive, Host
 
 _SHARED = Path("/dev/shm")
@@ -28,6 +29,14 @@ def look_at_host() -> Host:
 
 def look_at_drive(run: Path) -> Drive:
     """Of a run's folder, or of the nearest folder above it that is there. Leaves nothing behind."""
+    try:
+        return patience.within(patience.PATIENCE_S, lambda: _look_at_drive(run))
+    except patience.NoAnswerError:
+        most = f"{_PIECES * _PIECE_BYTES / 1e6:.0f} MB took more than {patience.PATIENCE_S:g} s"
+        return Drive(run.absolute(), 0, f"no answer, or so slow a drive that {most}", None, 0)
+
+
+def _look_at_drive(run: Path) -> Drive:
     folder = run.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

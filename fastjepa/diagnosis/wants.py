@@ -1,5 +1,6 @@
 """What a configuration asks of this host, and whether the trainer would take it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -8,6 +9,7 @@ import torch
 
 from fastjepa.config import Config, ConfigError
 from fastjepa.data.shards.store import is_url
+from fastjepa.diagnosis import patience
 from fastjepa.diagnosis.facts import Wants
 from fastjepa.diagnosis.finding import Finding
 from fastjepa.engine.build import (
@@ -47,13 +49,18 @@ def try_config(config: Config, ranks: int, device: torch.device) -> Asked:
     def attempt(build: Callable[[], T]) -> T | None:
         try:
             return build()
+        except patience.NoAnswerError:
+            findings.append(_not_opened(config))
         except ConfigError as error:
             findings.append(Finding("fail", "configuration", str(error)))
         except Exception as error:  # a drive or a store that fails as it likes
             findings.append(Finding("fail", "configuration", f"{type(error).__name__}: {error}"))
         return None
 
-    images, steps = attempt(lambda: open_images(config)), config.optim.steps
+    images, steps = (
+        attempt(lambda: patience.within(patience.PATIENCE_S, lambda: open_images(config))),
+        config.optim.steps,
+    )
     attempt(lambda: build_masks(config))
     attempt(lambda: build_augmentation(config))
     attempt(lambda: build_reading(config))
@@ -71,6 +78,30 @@ def try_config(config: Config, ranks: int, device: torch.device) -> Asked:
         what = f"{len(images.train):,} training images, {steps:,} steps; {images.note}"
         findings.append(Finding("ok", "configuration", what))
     return Asked(images, steps, tuple(findings))
+
+
+def _not_opened(config: Config) -> Finding:
+    """Images that are not there in time: of a folder that does answer, there may be many."""
+    roots = [root for root in (config.data.root, config.data.probe_root) if root]
+    what = f"the images are not open after {patience.PATIENCE_S:g} s"
+
+    def look() -> None:
+        for root in roots:
+            if not is_url(root):
+                next(os.scandir(root), None)
+
+    try:
+        patience.within(1.0, look)
+    except (patience.NoAnswerError, OSError):
+        pass
+    else:
+        if not any(map(is_url, roots)):
+            what = f"{what}, though their folder answers: so long is what every start of a run would wait"
+            return Finding(
+                "warn", "configuration", what, "fastjepa data pack makes shards, which open at once"
+            )
+    do = f"do {' and '.join(roots)} answer, their server, drive and network?"
+    return Finding("fail", "configuration", what, do)
 
 
 def wants_of(config: Config, ranks: int, steps: int | None) -> Wants:

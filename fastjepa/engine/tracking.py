@@ -145,6 +145,8 @@ class WandB:
                 disable_code=True,
                 x_disable_meta=True,
                 x_disable_machine_info=True,
+                host="",
+                username="",
                 x_save_requirements=False,
             ),
         )
@@ -176,7 +178,7 @@ def _end_wandb_service() -> None:
 
     # No public function ends it without waiting.
     setup: Any = wandb_setup.singleton()
-    connection = getattr(setup, "_connection", None)
+    connection: Any = getattr(setup, "_connection", None)
     process = getattr(getattr(connection, "_proc", None), "_process", None)
     if connection is not None and process is not None:
         if connection._cleanup is not None:  # what would speak to it, and wait for it, as Python ends

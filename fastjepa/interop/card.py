@@ -7,6 +7,7 @@ from fastjepa.interop.formats import Format, Handover
 from fastjepa.interop.loading import heads_of
 from fastjepa.interop.provenance import Provenance, version_of_code
 from fastjepa.interop.vit_mae import decoder_of
+from fastjepa.models import HEADS_OF_WIDTH
 from fastjepa.objectives import JEPA, MAE
 from fastjepa.report.load import Probe
 
@@ -43,7 +44,7 @@ def write_card(given: Handover, form: Format, origin: Provenance, name: str, che
         "## How it was trained\n",
         _training(given, origin),
         "## How good it is\n",
-        _probes(origin),
+        _probes(given, origin),
         "## How to load it\n",
         f"From the folder that `{name}` is in, with a picture `image.png`:\n",
         f"```python\n{form.lines(given, name)}```\n",
@@ -123,7 +124,12 @@ def _numbers(values: tuple[float, ...]) -> str:
 def _training(given: Handover, origin: Provenance) -> str:
     rows: list[tuple[str, object]] = [("Source", origin.source)]
     if origin.config is None or origin.position is None:
-        rows.append(("Known", "what its tensors show; the normalisation is that of ImageNet, as published"))
+        shape = given.encoder.shape
+        usual = HEADS_OF_WIDTH.get(shape.width) == shape.heads
+        heads = f"{shape.heads} heads, as published for its width; " if usual else ""
+        rows.append(
+            ("Known", f"what its tensors show; {heads}the normalisation is that of ImageNet, as published")
+        )
     else:
         config, there = origin.config, origin.position
         schedule = (
@@ -170,12 +176,15 @@ def _objective(config: Config) -> str:
     return "I-JEPA (arXiv:2301.08243): smooth L1 to the target encoder's tokens of hidden blocks"
 
 
-def _probes(origin: Provenance) -> str:
+def _probes(given: Handover, origin: Provenance) -> str:
     if not origin.probes:
         return "The run was not judged at this step.\n"
+    note = f"\nEncoders are {origin.probe_note}.\n" if origin.probe_note else ""
+    if isinstance(given.model, JEPA) and not any(f"{given.which} encoder" in p.name for p in origin.probes):
+        note += f"\nThe {given.which} encoder, which this is, was not judged at this step.\n"
     lines = ["| | kNN top-1 | linear top-1 | effective rank |", "|---|---|---|---|"]
     lines += [_row(probe) for probe in origin.probes]
-    return "\n".join(lines) + "\n" + (f"\nEncoders are {origin.probe_note}.\n" if origin.probe_note else "")
+    return "\n".join(lines) + "\n" + note
 
 
 def _row(probe: Probe) -> str:

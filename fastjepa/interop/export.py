@@ -1,5 +1,7 @@
 """Write an export, have its own tool read it back, and only then put it where it belongs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -104,14 +106,17 @@ def export(given: Handover, form: Format, origin: Provenance, out: Path, force: 
     """
     check_place(out, form.is_folder, force)
     check_packages(form)
-    ours = _ours(given, form)
+    with _memory_for(given):
+        ours = _ours(given, form)
     with staging(out) as staged:
         path = staged / out.name
         try:
             form.write(given, path)
         except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
             raise OSError(str(error)) from error
-        difference = largest_difference(ours, form.run(given, path, _images(given)))
+        with _memory_for(given):
+            theirs = form.run(given, path, _images(given))
+        difference = largest_difference(ours, theirs)
         tool = f"{form.tool} {_version(form.tool)}"
         if not difference <= TOLERANCE:  # so is one that is not a number
             raise ExportError(
@@ -131,6 +136,21 @@ def export(given: Handover, form: Format, origin: Provenance, out: Path, force: 
             mark(path, says | {"encoder": given.which, "largest_difference": difference})
         place(staged, out)
     return Exported(out, card, tool, difference)
+
+
+@contextmanager
+def _memory_for(given: Handover) -> Iterator[None]:
+    """Tools say in ways of their own that there is too little, but all by that word."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        height, width = given.encoder.shape.image_size
+        raise ExportError(
+            f"there is too little memory here to check it on {IMAGES} images of {height} x {width}: take "
+            "smaller ones, or a machine with more"
+        ) from error
 
 
 def largest_difference(ours: Said, theirs: Said) -> float:

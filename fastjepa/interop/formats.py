@@ -76,7 +76,7 @@ class Format:
 
 @torch.no_grad()
 def _run_official(given: Handover, path: Path, images: Tensor) -> Said:
-    found = load_official(path, **loading.heads_of(given.model))
+    found = load_official(path)
     wanted, there = given.model.state_dict(), found.state_dict()
     if wanted.keys() != there.keys() or not all(
         torch.equal(there[n].cpu(), t.cpu()) for n, t in wanted.items()

@@ -81,6 +81,12 @@ def save_head(head: LinearHead, path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _some(names: list[str]) -> str:
+    """A few of them: a whole encoder has hundreds."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more if names else "nothing"
+
+
 def load_head(path: str | os.PathLike[str], width: int | None = None) -> LinearHead:
     """Read a head.
 
@@ -95,7 +101,7 @@ def load_head(path: str | os.PathLike[str], width: int | None = None) -> LinearH
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if not {"weight", "bias"} <= names:
-                raise ValueError(f"it holds {', '.join(sorted(names)) or 'nothing'}, not weight and bias")
+                raise ValueError(f"it holds {_some(sorted(names))}, not weight and bias")
             weight, bias = file.get_tensor("weight").float(), file.get_tensor("bias").float()
             classes = json.loads((file.metadata() or {}).get("class_names", "[]"))
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

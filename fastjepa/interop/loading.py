@@ -5,23 +5,12 @@ Each turns a picture, `image.png`, into `features` [1, D], the mean of its patch
 """
 
 import json
-from typing import cast
 
 from fastjepa.interop.head import LinearHead
+from fastjepa.interop.official import heads_of
 from fastjepa.interop.timm_vit import recipe_of
 from fastjepa.models import VisionTransformer
-from fastjepa.models.block import Block
 from fastjepa.objectives import JEPA, MAE
-
-
-def heads_of(model: JEPA | MAE) -> dict[str, int]:
-    """The attention heads of each network, as `load_official` takes them; tensors do not show them."""
-    heads = {"heads": model.encoder.shape.heads}
-    if isinstance(model, JEPA):
-        heads["predictor_heads"] = cast(Block, model.predictor.predictor_blocks[0]).attn.heads
-    elif model.decoder is not None:
-        heads["decoder_heads"] = cast(Block, model.decoder.decoder_blocks[0]).attn.heads
-    return heads
 
 
 def _text(name: str) -> str:

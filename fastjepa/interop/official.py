@@ -4,13 +4,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastjepa.interop.published import PREFIX, State, fresh_extras, read_published
+from fastjepa.interop.published import HEADS, PREFIX, State, fresh_extras, read_published
 from fastjepa.models import HEADS_OF_WIDTH, MAEDecoder, Predictor, VisionTransformer, ViTShape
+from fastjepa.models.block import Block
 from fastjepa.models.positions import sincos_2d
 from fastjepa.objectives import JEPA, MAE
 
@@ -29,9 +30,10 @@ def load_official(
     Args:
         path: of an I-JEPA checkpoint (a dictionary of encoder, predictor, target_encoder) or an MAE one
             (``{"model": …}``, with or without the decoder).
-        heads: of the encoder; tensors do not show it, so it comes from the table of published widths.
-        predictor_heads: by default the encoder's, as published.
-        decoder_heads: of MAE's decoder; 16 for the published width 512.
+        heads: of the encoder; tensors do not show it, so by default it comes from the file, where
+            `save_official` wrote it into one, and else from the table of published widths.
+        predictor_heads: by default the file's, and else the encoder's, as published.
+        decoder_heads: of MAE's decoder; by default the file's, and else 16 for the published width 512.
 
     Returns:
         A `JEPA` or an `MAE` in fp32 on the CPU.
@@ -41,6 +43,10 @@ def load_official(
             file that holds anything but tensors and plain values.
     """
     checkpoint = read_published(Path(path))
+    told = checkpoint.heads
+    heads = told.get("heads") if heads is None else heads
+    predictor_heads = told.get("predictor_heads") if predictor_heads is None else predictor_heads
+    decoder_heads = told.get("decoder_heads") if decoder_heads is None else decoder_heads
     if "model" in checkpoint.states:
         return _build_mae(checkpoint.states["model"], heads, decoder_heads)
     jepa = _build_jepa(checkpoint.states, heads, predictor_heads)
@@ -54,7 +60,7 @@ def save_official(model: JEPA | MAE, path: str | os.PathLike[str]) -> None:
     A file of that name is replaced whole or, if writing fails, not at all.
 
     An I-JEPA file also gets the optimizer state, epoch and so on that the model was loaded with, or fresh
-    ones that the published loader accepts.
+    ones that the published loader accepts. Heads other than published are told in an entry that is ours.
     """
     if isinstance(model, MAE):
         parts = dict(model.encoder.state_dict())
@@ -67,6 +73,8 @@ def save_official(model: JEPA | MAE, path: str | os.PathLike[str]) -> None:
             for name in ("encoder", "predictor", "target_encoder")
         }
         content |= fresh_extras(model) | (model.published_extras or {})
+    if (heads := heads_of(model)) != _published_heads(model):
+        content[HEADS] = heads
     target = Path(path)
     partial = target.with_name(target.name + ".tmp")
     try:
@@ -77,6 +85,26 @@ def save_official(model: JEPA | MAE, path: str | os.PathLike[str]) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def heads_of(model: JEPA | MAE) -> dict[str, int]:
+    """The attention heads of each network, as `load_official` takes them; tensors do not show them."""
+    heads = {"heads": model.encoder.shape.heads}
+    if isinstance(model, JEPA):
+        heads["predictor_heads"] = cast(Block, model.predictor.predictor_blocks[0]).attn.heads
+    elif model.decoder is not None:
+        heads["decoder_heads"] = cast(Block, model.decoder.decoder_blocks[0]).attn.heads
+    return heads
+
+
+def _published_heads(model: JEPA | MAE) -> dict[str, int | None]:
+    """What `load_official` takes them for where nobody says."""
+    heads = {"heads": HEADS_OF_WIDTH.get(model.encoder.shape.width)}
+    if isinstance(model, JEPA):
+        heads["predictor_heads"] = heads["heads"]
+    elif model.decoder is not None:
+        heads["decoder_heads"] = DECODER_HEADS_OF_WIDTH.get(model.decoder.decoder_embed.out_features)
+    return heads
 
 
 def _fp32(state: Mapping[str, Tensor], prefix: str = "") -> State:
@@ -114,7 +142,9 @@ def _build_mae(state: State, heads: int | None, decoder_heads: int | None) -> MA
     width = _tensor(decoder_state, "decoder_embed.weight", 2).shape[0]
     chosen = DECODER_HEADS_OF_WIDTH.get(width) if decoder_heads is None else decoder_heads
     if chosen is None:
-        raise ValueError(f"the heads of a decoder of width {width} are not known: give decoder_heads=")
+        raise ValueError(
+            f"the heads of a decoder of width {width} are not known: give decoder_heads=, or --heads N,M"
+        )
     _check_heads("decoder_heads", width, chosen)
     decoder = MAEDecoder(shape, width, _depth(decoder_state, "decoder_blocks."), chosen)
     load_strict(decoder, decoder_state, "model")
@@ -132,7 +162,7 @@ def _encoder_shape(state: State, heads: int | None) -> ViTShape:
     if heads is None and width not in HEADS_OF_WIDTH:
         known = ", ".join(f"{w} ({h} heads)" for w, h in HEADS_OF_WIDTH.items())
         raise ValueError(
-            f"the heads of an encoder of width {width} are not known: give heads=. Known: {known}"
+            f"the heads of an encoder of width {width} are not known: give heads=, or --heads. Known: {known}"
         )
     chosen = HEADS_OF_WIDTH[width] if heads is None else heads
     _check_heads("heads", width, chosen)

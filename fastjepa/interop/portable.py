@@ -13,6 +13,9 @@ from fastjepa.models.positions import sincos_2d
 from fastjepa.objectives import JEPA, MAE
 
 ENCODERS = ("target", "context")
+MOST_PATCHES = (
+    2**16
+)  # of an image of 4,096 x 4,096 in patches of 16; more is taken for a slip of the keyboard
 
 
 def choose_encoder(model: JEPA | MAE, encoder: str | None = None) -> VisionTransformer:
@@ -46,7 +49,8 @@ def at_image_size(encoder: VisionTransformer, image_size: tuple[int, int]) -> Vi
         image_size: pixels: height, width.
 
     Raises:
-        ValueError: a side that is no whole number of patches, or positions that are not the sine-cosine ones.
+        ValueError: a side that is no whole number of patches, far too many patches, or positions that are not
+            the sine-cosine ones.
     """
     shape = encoder.shape
     resized = ViTShape(
@@ -59,6 +63,12 @@ def at_image_size(encoder: VisionTransformer, image_size: tuple[int, int]) -> Vi
         shape.channels,
         shape.class_token,
     )
+    patches = resized.grid[0] * resized.grid[1]
+    if patches > MOST_PATCHES:
+        raise ValueError(
+            f"images of {image_size[0]} x {image_size[1]} have {patches:,} patches of {shape.patch_size} x "
+            f"{shape.patch_size}, and {MOST_PATCHES:,} are the most that is exported: take smaller images"
+        )
     table = encoder.pos_embed.detach().float().cpu()
     if resized != shape:
         trained = sincos_2d(shape.grid, shape.width, shape.class_token)

@@ -50,8 +50,11 @@ def provenance_of(checkpoint: Path) -> Provenance:
     else:
         rows = [row for row in found.metrics if row["step"] == step and "linear_top1" in row]
         measured = ({key: row.get(key) for key in ("knn_top1", "linear_top1", "rankme")} for row in rows)
-        probes = tuple(Probe(f"the encoder evaluated at step {step}", **values) for values in measured)
-        note = found.summary.probe_note
+        whose = "the encoder" if config.objective.name == "mae" else "the target encoder"
+        probes = tuple(Probe(f"{whose} at step {step}", **values) for values in measured)
+        # The summary's note is of the judgement at the end, of more images.
+        judged = config.probe
+        note = f"judged in passing, on at most {judged.queries:,} images, by at most {judged.bank:,} others"
     return Provenance(source, config, opened.position, versions, probes, note)
 
 

@@ -14,6 +14,7 @@ from fastjepa.objectives import JEPA
 
 State = dict[str, Tensor]
 PREFIX = "module."  # left in the names by DistributedDataParallel
+HEADS = "fastjepa_heads"  # an entry of our own, where heads are other than published
 NETWORKS = ("encoder", "predictor", "target_encoder")
 
 
@@ -22,10 +23,12 @@ class Published:
     """Attributes:
     states: state dicts without prefix: ``model`` for MAE; encoder, predictor and target_encoder for I-JEPA.
     extras: the other entries of an I-JEPA file.
+    heads: that the file tells, as `load_official` takes them; empty for those of others.
     """
 
     states: dict[str, State]
     extras: dict[str, Any]
+    heads: dict[str, int]
 
 
 def read_published(path: Path) -> Published:
@@ -59,8 +62,11 @@ def read_published(path: Path) -> Published:
     states = {
         name: {key.removeprefix(PREFIX): tensor for key, tensor in content[name].items()} for name in wanted
     }
-    extras = {key: value for key, value in content.items() if key not in wanted}
-    return Published(states, extras)
+    extras = {key: value for key, value in content.items() if key not in (*wanted, HEADS)}
+    heads = content.get(HEADS, {})
+    if not isinstance(heads, Mapping) or not all(type(number) is int for number in heads.values()):
+        raise ValueError(f"{path} was not loaded: its {HEADS} are no numbers of heads")
+    return Published(states, extras, dict(heads))
 
 
 def _is_state(value: Any) -> bool:

@@ -93,8 +93,11 @@ def place(staged: Path, out: Path) -> None:
             path.chmod(mode)
             _sync(path)
     if not (staged / out.name).is_dir():
+        orphaned = _data_of(out) if not (staged / data_beside(out).name).exists() else None
         for path in sorted(staged.iterdir(), key=lambda path: path.name == out.name):
             os.replace(path, out.with_name(path.name))
+        if orphaned is not None:
+            orphaned.unlink(missing_ok=True)
         return
     before = staged / "before"  # goes with the staging folder
     if os.path.lexists(out):
@@ -105,6 +108,16 @@ def place(staged: Path, out: Path) -> None:
         if before.exists():
             os.rename(before, out)
         raise
+
+
+def _data_of(out: Path) -> Path | None:
+    """The weights beside an ONNX file that is to be replaced, if they are its own: it names them."""
+    beside = data_beside(out)
+    try:
+        is_named = out.suffix == ".onnx" and beside.is_file() and beside.name.encode() in out.read_bytes()
+    except OSError:
+        return None
+    return beside if is_named else None
 
 
 def _files_of_export(folder: Path) -> set[str] | None:

@@ -8,7 +8,7 @@ from fastjepa.engine.build import build_heads, build_model
 from fastjepa.engine.checkpoints.checkpoint import STATE, Checkpoint, CheckpointError, load_checkpoint
 from fastjepa.engine.checkpoints.verify import newest_good, verify_checkpoint
 from fastjepa.interop.official import load_official, load_strict
-from fastjepa.interop.published import State, read_published
+from fastjepa.interop.published import Published, State, read_published
 from fastjepa.models import HEADS_OF_WIDTH
 from fastjepa.models.block import Block
 from fastjepa.objectives import JEPA, MAE
@@ -29,17 +29,26 @@ def load_initial_weights(model: JEPA | MAE, source: str) -> None:
             _check_heads(model, build_heads(_config_of(checkpoint)))
             states = _states_of(checkpoint)
         else:
-            states = _from_file(path)
-            # Tensors do not show heads; a published width has its published number.
-            shape = model.encoder.shape
-            _check_heads(model, {"encoder": HEADS_OF_WIDTH.get(shape.width, shape.heads)})
+            published = read_published(path)
+            states = _states_of_file(published)
+            # Tensors do not show heads; where the file does not, a published width has its published number.
+            shape, told = model.encoder.shape, published.heads
+            heads = {"encoder": told.get("heads", HEADS_OF_WIDTH.get(shape.width, shape.heads))}
+            if "predictor_heads" in told:
+                heads["predictor"] = told["predictor_heads"]
+            _check_heads(model, heads)
         _load(model, states)
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"run.init_from {source}: {error}") from error
 
 
-def load_trained(source: Path) -> tuple[JEPA | MAE, Path]:
+def load_trained(source: Path, heads: tuple[int, ...] = ()) -> tuple[JEPA | MAE, Path]:
     """The model of a checkpoint directory, of a run folder or of a published file, in fp32 on the CPU.
+
+    Args:
+        source: of them.
+        heads: of a published file, where neither it nor its width tells them: those of the encoder, and where
+            they are others of the predictor or decoder.
 
     Returns:
         The model, and the path of the checkpoint or file that it came from.
@@ -51,9 +60,12 @@ def load_trained(source: Path) -> tuple[JEPA | MAE, Path]:
     """
     if source.is_file():
         try:
-            return load_official(source), source
+            first, other = (*heads, None, None)[:2]
+            return load_official(source, first, predictor_heads=other, decoder_heads=other), source
         except ValueError as error:
             raise ConfigError(str(error)) from error
+    if heads:
+        raise ConfigError(f"{source} tells its heads itself: leave --heads out")
     checkpoint = load_checkpoint(find_checkpoint(source))
     model = build_model(_config_of(checkpoint))
     _load(model, _states_of(checkpoint))
@@ -121,8 +133,8 @@ def _states_of(checkpoint: Checkpoint) -> dict[str, State]:
     return states
 
 
-def _from_file(path: Path) -> dict[str, State]:
-    states = read_published(path).states
+def _states_of_file(published: Published) -> dict[str, State]:
+    states = published.states
     if "model" not in states:
         return states
     whole = states["model"]

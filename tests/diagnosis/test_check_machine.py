@@ -35,6 +35,9 @@ def test_files_of_workers() -> None:
     alone = check.check_files(low, many)
     assert alone.level == "fail"
     assert alone.do == f"ulimit -n {32 * check.FILES_PER_WORKER + BESIDES}, or lower speed.workers"
+    none = check.check_files(replace(HOST, soft_files=64), replace(WANTS, workers=0))
+    assert none.what == f"64 allowed (ulimit -n), and a run may need {BESIDES}"
+    assert none.do == f"ulimit -n {BESIDES}"
     assert check.check_files(low, replace(many, ranks=8)).level == "ok"
     assert check.check_files(replace(low, soft_files=None), many).level == "ok"
     assert check.check_files(replace(low, soft_files=1024), WANTS).level == "ok"

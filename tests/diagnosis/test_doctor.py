@@ -2,15 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fastjepa.cli import main
-from fastjepa.diagnosis import feeding, machine
+from fastjepa.diagnosis import feeding, machine, patience, wants
+from fastjepa.diagnosis.patience import NoAnswerError, within
 
 if TYPE_CHECKING:
     from tests.conftest import Trainer
@@ -92,3 +95,57 @@ def test_it_runs_where_little_else_does(tmp_path: Path, missing: str) -> None:
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "fail  " in done.stdout
+
+
+def test_nothing_is_waited_for_for_ever() -> None:
+    release = Event()
+    try:
+        with pytest.raises(NoAnswerError):
+            within(0.1, lambda: release.wait(60))
+    finally:
+        release.set()
+    assert within(60, lambda: 3) == 3
+    with pytest.raises(ValueError, match="own"):
+        within(60, lambda: int("own"))
+
+
+def test_a_store_that_never_answers(
+    train: "Trainer", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes connections, and says nothing."""
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        root = f"http://127.0.0.1:{silent.getsockname()[1]}/images"
+        overrides = ["data.name=shards", f"data.root={root}", "data.hold_out=0"]
+        assert main(["doctor", "--config", str(train.write_config()), *overrides]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
+    assert f"the images are not open after 0.5 s: do {root} answer" in line
+
+
+def test_a_folder_that_takes_long_to_list_prevents_no_run(
+    train: "Trainer", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    release = Event()
+    monkeypatch.setattr(wants, "open_images", lambda _config: release.wait(60))
+    config = str(train.write_config())
+    folder = ["data.name=folder", f"data.root={train.home}", "data.hold_out=0"]
+    try:
+        assert main(["doctor", "--config", config, *folder]) == 0
+        assert "warn  configuration   the images are not open after 0.5 s, though" in capsys.readouterr().out
+        gone = [*folder[:1], f"data.root={train.home / 'gone'}", *folder[2:]]
+        assert main(["doctor", "--config", config, *gone]) == 1
+    finally:
+        release.set()
+
+
+def test_a_drive_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
+    release = Event()
+    monkeypatch.setattr(machine, "_write_rate", lambda _folder: release.wait(60))
+    try:
+        found = machine.look_at_drive(tmp_path / "run")
+    finally:
+        release.set()
+    assert found.error is not None
+    assert found.error.startswith("no answer")

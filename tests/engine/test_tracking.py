@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -238,16 +239,25 @@ def test_a_server_that_is_away_neither_refuses_a_run_nor_keeps_it_from_ending(tm
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_of_the_machine_is_sent(tmp_path: Path, config: Config, offline: None) -> None:
+def test_nothing_of_the_machine_is_sent(
+    tmp_path: Path, config: Config, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
+    for name in ("USER", "LOGNAME", "USERNAME", "HOSTNAME"):
+        monkeypatch.setenv(name, "somebody-here")
+    monkeypatch.setattr(socket, "gethostname", lambda: "somebody-here")
     with Tracking(("wandb",), RunFolder(tmp_path), config) as to:
         to.cut_after(0)
         to.send(row(1))
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     [file] = folder.glob("*.wandb")
     sent = b"".join(records(file))
-    for told in (sys.executable, sys.argv[0]):
+    for told in (sys.executable, sys.argv[0], "somebody-here"):
         assert told.encode() not in sent
+    protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    found = [protocol.Record.FromString(record) for record in records(file)]
+    assert [record.run.host for record in found if record.WhichOneof("record_type") == "run"] == [""]
+    assert not any(record.WhichOneof("record_type") == "environment" for record in found)
     assert not (folder / "files" / "requirements.txt").exists()
 
 

@@ -105,6 +105,23 @@ def test_what_goes_beside_a_file_replaces_nothing_either(tmp_path: Path, beside:
         check_place(tmp_path / "out.onnx", is_folder=False, force=False)
 
 
+def test_weights_beside_an_onnx_file_go_with_it(tmp_path: Path) -> None:
+    """And only those of the file that is replaced."""
+    onnx = pytest.importorskip("onnx")
+    form, out = BY_NAME["onnx"], tmp_path / "out.onnx"
+    made(jepa(), form, out)
+    beside = tmp_path / "out.onnx.data"
+    beside.write_text("somebody's")
+    made(jepa(), form, out, force=True)
+    assert beside.read_text() == "somebody's"
+    parted = {"save_as_external_data": True, "location": beside.name, "size_threshold": 0}
+    beside.unlink()
+    onnx.save(onnx.load(out), out, **parted)
+    assert beside.exists()
+    made(jepa(), form, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "out.onnx.md"]
+
+
 def test_a_folder_of_somebody_is_never_replaced(tmp_path: Path) -> None:
     form, out = BY_NAME["timm"], tmp_path / "out"
     out.mkdir()
@@ -166,6 +183,25 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        ValueError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 1"),
+    ],
+)
+def test_too_little_memory_to_check_it(raised: Exception, tmp_path: Path) -> None:
+    form = BY_NAME["safetensors"]
+
+    def small(*_given: object) -> tuple[torch.Tensor, None]:
+        raise raised
+
+    with pytest.raises(ExportError, match="too little memory here to check it on 4 images of 16 x 16"):
+        export(prepare(jepa(), form), replace(form, run=small), ORIGIN, tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_difference_is_seen_wherever_it_is() -> None:
     tokens, logits = torch.full((2, 3, 4), 5.0), torch.ones(2, 7)
     assert largest_difference((tokens, logits), (tokens.clone(), logits.clone())) == 0
@@ -218,6 +254,8 @@ def test_what_a_format_cannot_hold() -> None:
         prepare(mae(), BY_NAME["timm"], "target")
     with pytest.raises(ExportError, match="nearest sizes that fit are 16 x 20"):
         prepare(jepa(), BY_NAME["timm"], image_size=(17, 20))
+    with pytest.raises(ExportError, match=r"100000 x 100000 have 625,000,000 patches .* take smaller images"):
+        prepare(jepa(), BY_NAME["timm"], image_size=(100_000, 100_000))
     two = jepa(channels=2)
     with pytest.raises(ExportError, match=r"takes 2 channels.* take format safetensors"):
         prepare(two, BY_NAME["onnx"])

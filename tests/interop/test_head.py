@@ -53,6 +53,11 @@ def test_what_is_no_head(tmp_path: Path) -> None:
     weight, bias = torch.zeros(3, 8), torch.zeros(3)
     for tensors, metadata, said in (
         ({"w": weight}, None, "it holds w, not weight and bias"),
+        (
+            {f"w{i}": torch.zeros(1) for i in range(9)},
+            None,
+            "holds w0, w1, w2, w3 and 5 more, not weight and",
+        ),
         ({"weight": weight, "bias": torch.zeros(2)}, None, r"got \[3, 8\] and \[2\]"),
         ({"weight": weight, "bias": bias}, {"class_names": '["a"]'}, "1 class names for 3 classes"),
         ({"weight": weight, "bias": bias}, {"class_names": '{"a": 1}'}, "no JSON list of names"),
