@@ -1,11 +1,12 @@
-"""The pictures of docs/how_it_works.md, drawn from a run and from the mask sampler.
+"""The pictures of the README and of docs/how_it_works.md, drawn from a run and from the mask sampler.
 
     python -m scripts.docs.pictures runs/fashion_mnist
 
-writes jepa_masks.png, jepa_curves.png and jepa_features.png into docs/images.
+writes first_run.png, jepa_masks.png, jepa_curves.png and jepa_features.png into docs/images.
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fastjepa.evaluation import patch_pca
 from fastjepa.masks import Masks, MultiBlockMasks
 from fastjepa.masks.multiblock import Mode
+from fastjepa.report import figures, predictions
 from fastjepa.report.load import Run, load_run
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
@@ -97,12 +100,32 @@ def features_figure(run: Run) -> Figure:
     return figure
 
 
+def first_run(run: Run) -> Image.Image:
+    """Two pictures of the report in a row: the probes, and predictions as patches of other images."""
+    last = run.snapshots[-1]
+    bars = figures.probe_bars(run.summary)
+    if bars is None or last.showing.retrieved is None or last.targets is None:
+        raise SystemExit("this picture is of an I-JEPA run that has ended and was judged")
+    retrieved = predictions.retrieval_pictures(last, last.showing.retrieved, last.targets)[0]
+    drawn = [Image.open(io.BytesIO(figures.to_png(figure))).convert("RGB") for figure in (bars, retrieved)]
+    gap = 40
+    width, height = sum(picture.width for picture in drawn) + gap, max(picture.height for picture in drawn)
+    sheet = Image.new("RGB", (width, height), "white")
+    left = 0
+    for picture in drawn:
+        sheet.paste(picture, (left, (height - picture.height) // 2))
+        left += picture.width + gap
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m scripts.docs.pictures", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="the folder of a run, as `make train` leaves it"
     )
     run = load_run(parser.parse_args().run)
+    first_run(run).save(IMAGES / "first_run.png", optimize=True)
+    print(f"Wrote {IMAGES / 'first_run.png'}")
     for name, figure in (
         ("jepa_masks", masks_figure()),
         ("jepa_curves", curves_figure(run)),
