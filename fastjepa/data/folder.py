@@ -89,13 +89,8 @@ class ImageFolder:
     def encoded(self, index: int) -> bytes:
         """The bytes of the image's file; raises UnreadableImage."""
         path = self.path(index)
-        with unreadable_unless_good(path), open(path, "rb", opener=_without_waiting) as file:
+        with unreadable_unless_good(path), open(path, "rb") as file:
             return file.read()
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a named pipe too, which would wait for its writer for ever; it reads as empty."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_no_splits(images: ImageFolder) -> None:

@@ -78,22 +78,24 @@ class Judgement:
         start.to(self.world.device)
         first_time = not self.summary
         self.console.say(self.images.note if self.config.probe.at_ends else self._note)
+        try:
+            verdicts = []
+            if self.judge_of_ends is not None:
+                verdicts = self._baselines(self.judge_of_ends, start, first_time)
+            if first_time:
+                context, target = model.encoder, model.target_encoder if isinstance(model, JEPA) else None
+                head = model.predictor if isinstance(model, JEPA) else model.decoder
+                with _brought_to(self.world.device, context, head):
+                    self._snapshot(Encoders(context, target, head), position)
+        except NotWanted:
+            self.summary = {}
+            return
         self.summary |= self._description(position)
         if self.judge_of_ends is not None:
-            try:
-                verdicts = self._baselines(self.judge_of_ends, start, first_time)
-            except NotWanted:
-                self.summary = {}
-                return
             for verdict in verdicts:
                 self.console.show_verdict(0, verdict)
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
         self.summary["judge"] = self._judge_settings()
-        if first_time:
-            context, target = model.encoder, model.target_encoder if isinstance(model, JEPA) else None
-            head = model.predictor if isinstance(model, JEPA) else model.decoder
-            with _brought_to(self.world.device, context, head):
-                self._snapshot(Encoders(context, target, head), position)
         self._write_summary()
 
     def _baselines(self, judge: Judge, start: VisionTransformer, first_time: bool) -> list[Verdict]:
@@ -233,7 +235,10 @@ class Judgement:
         masks = self.masks.sample(views.image_index, epoch=0, step=position.step)
         showing = Showing()
         try:
-            showing = look(encoders, shown, views, features, masks, self.images.train, self.config)
+            train = self.images.train
+            showing = look(encoders, shown, views, features, masks, train, self.config, self.should_stop)
+        except NotWanted:
+            raise
         except Exception as error:  # a drive that fails, or a device that is full: no reason to lose a run
             what = f"{type(error).__name__}: {error}"
             self.console.warn(f"step {position.step}: only features and masks are pictured: {what}")

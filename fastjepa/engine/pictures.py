@@ -1,5 +1,7 @@
 """What a snapshot shows besides features: what was predicted, what is near, where the encoder looks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from fastjepa.config import Config
 from fastjepa.data.views import ImageSet, Views
 from fastjepa.engine.learner import Encoders
 from fastjepa.evaluation.attention import attended
-from fastjepa.evaluation.bank import Bank, read_bank
+from fastjepa.evaluation.bank import Bank, Reader, read_bank
 from fastjepa.evaluation.painting import paint
 from fastjepa.evaluation.retrieval import compare, neighbours, retrieve
 from fastjepa.evaluation.showing import Painted, Showing
@@ -28,6 +30,7 @@ def look(
     masks: Masks,
     train: ImageSet,
     config: Config,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Showing:
     """Look at a few images through the networks of a run; nothing is drawn by chance, and nothing changes.
 
@@ -39,9 +42,12 @@ def look(
         masks: as sampled for them.
         train: the training images, which the bank is of.
         config: of the run.
+        should_stop: whether the run has been told to.
 
     Raises:
         ValueError: the features are not finite, or no training image is left for the bank.
+        NotWanted: while images were read, `should_stop` said so.
+        TimeoutError: while images were read, a worker hung.
     """
     if not features.isfinite().all():
         raise ValueError("the features are not finite: the run has diverged")
@@ -54,7 +60,8 @@ def look(
         tokens = judged(images.to(device))[:, int(judged.shape.class_token) :]  # [b, N, D]
         return as_target(tokens) if is_jepa else tokens
 
-    bank = read_bank(train, size, features.shape[1], encode, without)
+    reader = Reader(config.speed.workers, config.speed.worker_timeout_s, should_stop)
+    bank = read_bank(train, size, features.shape[1], encode, without, reader)
     labels = None if shown.labels is None else shown.labels[views.image_index]
     tokens = as_target(features) if is_jepa else features
     near = neighbours(views.pixels, tokens.float().mean(dim=1), labels, bank)

@@ -107,16 +107,11 @@ def test_it_pickles_into_little_more_than_its_names(tmp_path: Path) -> None:
     assert [copy.path(i) for i in range(300)] == [images.path(i) for i in range(300)]
 
 
-def test_links_to_themselves_and_pipes_are_images_that_cannot_be_read(tmp_path: Path) -> None:
+def test_links_to_themselves_are_images_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path / "good.png")
     for name in ("loop.png", "loop"):
         (tmp_path / name).symlink_to(name)
-    os.mkfifo(tmp_path / "pipe.png")
     images = ImageFolder(tmp_path)
-    assert [os.path.basename(images.path(i)) for i in range(len(images))] == [
-        "good.png", "loop.png", "pipe.png",
-    ]  # fmt: skip
+    assert [os.path.basename(images.path(i)) for i in range(len(images))] == ["good.png", "loop.png"]
     with pytest.raises(UnreadableImage, match=r"loop\.png: OSError: .*symbolic links"):
         images.encoded(1)
-    with pytest.raises(UnreadableImage, match=r"pipe\.png"):  # and does not wait for who writes into it
-        images.read(2)

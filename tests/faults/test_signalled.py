@@ -111,7 +111,8 @@ def test_told_to_stop_while_a_drive_hangs(watched: Watched, table: Callable[[str
         file.write_bytes(content)
 
     stop_where(judged_on[0], None, f"Stopped at step 0 of {FOLDER_STEPS}")
-    stop_where(trained_on, None, "Stopped at step ")
+    stop_where(trained_on, None, f"Stopped at step 0 of {FOLDER_STEPS}")  # pictures are of it too
+    stop_where(trained_on, 1, "Stopped at step ")
     stop_where(judged_on[1], FOLDER_STEPS - 1, f"Stopped before it was judged, at step {FOLDER_STEPS}")
     done = watched(*overrides).check()
     assert lines_with(done.out, "trained target encoder")

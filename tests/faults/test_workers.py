@@ -41,11 +41,12 @@ def test_a_worker_that_hangs(watched: Watched, table: Callable[[str, str], Row])
     row = table("a loader worker hangs", "it and its image are named after the timeout; a checkpoint is left")
     folder = watched.trainer.home / "images"
     file = write_images(folder)[151]  # not among those that are pictured, which the trainer reads itself
-    file.unlink()
-    os.mkfifo(file)
     process = watched.start(
-        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2", "speed.worker_timeout_s=10"
+        *FOLDER_RUN, f"data.root={folder}", "speed.workers=2", "speed.worker_timeout_s=10", gates=[1]
     )  # fmt: skip
+    with watched.standing_at(process, 1):
+        file.unlink()
+        os.mkfifo(file)
     watched.wait_for(process, lambda: len(children(process.pid)) >= 2)
     below = descendants(process.pid)
     failed = watched.finish(process).check(1)
