@@ -150,7 +150,7 @@ def run_worker() -> None:
     leave_world()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow_fault)])
 def test_nothing_moves_on_any_rank(ranks: int) -> None:
     for output in run_ranks(ranks, __file__, timeout_s=300):
         assert all(case.name in output for case in EVERY_ENGINE)

@@ -162,6 +162,7 @@ def test_the_log_is_on_the_full_disk_as_well(
     assert results(watched.trainer) == results(reference.trainer)
 
 
+@pytest.mark.slow_fault
 def test_two_ranks_start_again_on_a_full_disk(
     watched: Watched, table: Callable[[str, str], Row], disk: Disk
 ) -> None:
