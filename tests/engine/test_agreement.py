@@ -90,6 +90,7 @@ REST_BF16 = [
     *(Case(2, stage, 1, precision="bf16", offload=True) for stage in (2, 3)),
     Case(2, 1, 2, precision="bf16", offload=True),
 ]
+CHOSEN = {"quickly": FP32 + BF16, "rest": REST + REST_BF16}
 
 
 def config_of(case: Case) -> Config:
@@ -254,7 +255,7 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_all(out: Path, which: str) -> Path:
-    for ranks in (1, 2):
+    for ranks in sorted({case.ranks for case in CHOSEN[which]}):
         run_ranks(ranks, __file__, str(ranks), str(out), which, timeout_s=900)
     return out
 
@@ -333,5 +334,5 @@ def assert_follows(results: Path, case: Case) -> None:
 
 
 if __name__ == "__main__":
-    chosen = {"quickly": FP32 + BF16, "rest": REST + REST_BF16}[sys.argv[3]]
-    run_worker([case for case in chosen if case.ranks == int(sys.argv[1])], Path(sys.argv[2]))
+    chosen = [case for case in CHOSEN[sys.argv[3]] if case.ranks == int(sys.argv[1])]
+    run_worker(chosen, Path(sys.argv[2]))
