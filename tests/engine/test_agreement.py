@@ -1,7 +1,7 @@
 """ZeRO stages, ranks and accumulation may not change what is learned.
 
-Every combination trains the same 50 steps on the same images and is held to one loop of plain torch, written
-out below. The worker processes run this file as a script: real gloo ranks under real DeepSpeed.
+Every combination trains the same steps, 50 or 25 of them, on the same images and is held to one loop of plain
+torch, written out below. The worker processes run this file as a script: real gloo ranks under real DeepSpeed.
 """
 
 import copy
@@ -31,7 +31,7 @@ from fastjepa.models import VisionTransformer
 from fastjepa.objectives import JEPA
 from tests.ranks import run_ranks
 
-STEPS = 50
+STEPS, FEW_STEPS = 50, 25
 IMAGES = 10_000
 
 
@@ -46,6 +46,7 @@ class Case:
     objective: str = "jepa"
     recompute: bool = False
     offload: bool = False
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -66,11 +67,20 @@ FP32 = [
 BF16 = [Case(2, 2, 1, precision="bf16")]
 REST = [
     *(Case(*split, mode) for mode in QUICK for split in SPLITS if split not in QUICK[mode]),
-    *(Case(*split, clip=0.05) for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 1, 2), (2, 2, 2)]),
-    *(Case(*split, objective="mae") for split in [(1, 0, 1), (1, 3, 1), (2, 1, 1), (2, 3, 1)]),
-    Case(1, 1, 1, recompute=True),
-    *(Case(2, stage, 2, "packed", recompute=True) for stage in (2, 3)),
-    *(Case(*split, offload=True) for split in [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 3, 1), (2, 3, 2)]),
+    *(
+        Case(*split, clip=0.05, steps=FEW_STEPS)
+        for split in [(1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 1, 2), (2, 2, 2)]
+    ),
+    *(
+        Case(*split, objective="mae", steps=FEW_STEPS)
+        for split in [(1, 0, 1), (1, 3, 1), (2, 1, 1), (2, 3, 1)]
+    ),
+    Case(1, 1, 1, recompute=True, steps=FEW_STEPS),
+    *(Case(2, stage, 2, "packed", recompute=True, steps=FEW_STEPS) for stage in (2, 3)),
+    *(
+        Case(*split, offload=True, steps=FEW_STEPS)
+        for split in [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 3, 1), (2, 3, 2)]
+    ),
 ]
 REST_BF16 = [
     *(
@@ -102,7 +112,7 @@ def config_of(case: Case) -> Config:
             "model.decoder_width=48", "model.decoder_depth=1", "model.decoder_heads=2",
             f"masks.mode={case.mode}", f"objective.name={case.objective}",
             "data.image_size=28", "data.channels=1", "data.mean=[0.286]", "data.std=[0.353]",
-            "data.crop_scale=null", "optim.global_batch=16", "optim.epochs=null", f"optim.steps={STEPS}",
+            "data.crop_scale=null", "optim.global_batch=16", "optim.epochs=null", f"optim.steps={case.steps}",
             "optim.lr=5e-4", "optim.warmup_epochs=0.016", "optim.momentum=0.98",
             f"optim.clip_grad={case.clip}", f"optim.precision={case.precision}",
             f"speed.zero_stage={case.stage}", f"speed.accumulation={case.accumulation}", "speed.device=cpu",
@@ -123,7 +133,7 @@ def loader_of(config: Config, rank: int = 0, ranks: int = 1, accumulation: int =
         rank=rank,
         world_size=ranks,
         accumulation=accumulation,
-        last_step=STEPS,
+        last_step=config.optim.steps,
     )
 
 
@@ -193,7 +203,7 @@ def run_worker(cases: list[Case], out: Path) -> None:
         schedule = build_schedule(config, IMAGES // config.optim.global_batch)
         batches = loader_of(config, world.rank, world.size, case.accumulation)
         losses, worst = [], 0.0
-        for step in range(STEPS):
+        for step in range(case.steps):
             target, rates = learner.target, schedule.at(step)
             before = [] if target is None else [shadow.clone() for shadow in target.shadow]
             loss, _ = learner.step([next(batches) for _ in range(case.accumulation)], rates)
@@ -213,7 +223,9 @@ def run_worker(cases: list[Case], out: Path) -> None:
             report = {"losses": losses, "shadow_error": worst}
             (out / f"{case.name}.json").write_text(json.dumps(report))
         if case.precision == "bf16" and case.accumulation == 1 and case.stage < 3:
-            check_skipped_step(learner, world, loader_of(config, world.rank, world.size), schedule.at(0))
+            check_skipped_step(
+                case, learner, world, loader_of(config, world.rank, world.size), schedule.at(0)
+            )
     leave_world()
 
 
@@ -229,19 +241,21 @@ def working_copy(target: VisionTransformer) -> dict[str, Tensor]:
     return found
 
 
-def check_skipped_step(learner: Learner, world: World, batches: Iterator[Batch], rates: Rates) -> None:
+def check_skipped_step(
+    case: Case, learner: Learner, world: World, batches: Iterator[Batch], rates: Rates
+) -> None:
     """A gradient that is not finite on one rank: no rank moves weights, moments, shadow or count."""
     parameter = next(learner.engine.module.parameters())
     spoil = parameter.register_hook(lambda gradient: gradient * torch.inf if world.is_main else gradient)
     before = copy.deepcopy(learner.gather())
     learner.step([next(batches)], rates)
     spoil.remove()
-    assert (learner.updates, learner.skipped_in_a_row) == (STEPS, 1)
+    assert (learner.updates, learner.skipped_in_a_row) == (case.steps, 1)
     for kind, tensors in learner.gather().items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, before[kind][name]), (kind, name)
     learner.step([next(batches)], rates)
-    assert (learner.updates, learner.skipped_in_a_row) == (STEPS + 1, 0)
+    assert (learner.updates, learner.skipped_in_a_row) == (case.steps + 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +279,7 @@ _plain: dict[Case, tuple[list[float], dict[str, Tensor], dict[str, Tensor]]] = {
 
 def reference(case: Case) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """The plain loop does not depend on ranks, stage or accumulation: run it once for the rest."""
-    key = Case(1, 0, 1, case.mode, "fp32", case.clip, case.objective)
+    key = Case(1, 0, 1, case.mode, "fp32", case.clip, case.objective, steps=case.steps)
     if key not in _plain:
         _plain[key] = plain_torch(key)
     return _plain[key]
