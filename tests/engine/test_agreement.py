@@ -1,7 +1,7 @@
 """ZeRO stages, ranks and accumulation may not change what is learned.
 
 Every combination trains the same steps, 50 or 25 of them, on the same images and is held to one loop of plain
-torch, written out below. The worker processes run this file as a script: real gloo ranks under real DeepSpeed.
+torch, written out below. The workers run this file as a script: real gloo ranks under real DeepSpeed.
 """
 
 import copy
