@@ -138,7 +138,7 @@ def test_initial_weights_of_another_architecture(refuse: Refuse, train: "Trainer
     from fastjepa.engine.build import build_model
     from fastjepa.interop import save_official
 
-    config = load_config(train.write_config(), ["model.predictor_width=24", "model.predictor_heads=3"])
+    config = load_config(train.write_config(), ["model.predictor_width=32"])
     weights = train.home / "other.pth.tar"
     save_official(build_model(config), weights)
     said = refuse(

@@ -117,7 +117,8 @@ def _check_heads(model: JEPA | MAE, theirs: dict[str, int]) -> None:
         ours["predictor"] = cast(Block, head[0]).attn.heads
     for name, heads in theirs.items():
         if name in ours and ours[name] != heads:
-            raise ValueError(f"its {name} has {heads} heads, this one {ours[name]}: set model.heads alike")
+            setting = "model.heads" if name == "encoder" else f"model.{name}_heads"
+            raise ValueError(f"its {name} has {heads} heads, this one {ours[name]}: set {setting} alike")
 
 
 def _states_of(checkpoint: Checkpoint) -> dict[str, State]:
