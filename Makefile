@@ -22,7 +22,7 @@ CAN_COMPILE = printf '\043include <Python.h>\n\043include <omp.h>\n' | $${CXX:-c
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-watch bench-probe bench-loader performance scale-model aot ext ext-cuda lint docs clean
+.PHONY: help setup train test test-slow faults test-gpu sanitize bench bench-gpu bench-throughput bench-breakdown bench-accuracy bench-checkpoint bench-watch bench-probe bench-loader performance scale-model aot ext ext-cuda lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: $(DEV) ## Run the tests, one process per core
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory $(EXT); \
 		else echo "No C++ compiler with OpenMP, or no headers of Python: the ops are tested without fastjepa_kernels._C"; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
+
+test-slow: $(DEV) ## Run what takes long: pages in a browser, the tutorial, memory of real runs, whole benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slow_fault" -n $(JOBS) --dist loadfile -p no:benchmark $(ARGS)
 
 # The quick ones run in `make test` too. One more at a time than there are cores, since many wait for their runs.
 faults: $(DEV) ## Do to runs whatever they must survive, and write build/faults.md; on two cores in 15 minutes

@@ -230,6 +230,7 @@ def predicted(case: Case, seen: Seen) -> Memory:
     return memory_of(network, case.split, Tokens(IMAGES, seen), case.checkpointed, fused=case.remade)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_memory_is_that_of_a_real_run(held: Callable[[Case], Held], case: Case) -> None:
     found = held(case)
