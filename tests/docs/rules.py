@@ -53,7 +53,7 @@ PARSED_ONLY = {
 
 # Targets that take minutes, or need a GPU: only that make knows them and their settings.
 TARGETS_WITHOUT_RUN = re.compile(
-    r"setup|test|faults|test-gpu|sanitize|lint|docs|aot|performance|scale-model|bench.*"
+    r"setup|test|test-slow|faults|test-gpu|sanitize|lint|docs|aot|performance|scale-model|bench.*"
 )
 
 
