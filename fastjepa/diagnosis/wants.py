@@ -57,10 +57,8 @@ def try_config(config: Config, ranks: int, device: torch.device) -> Asked:
             findings.append(Finding("fail", "configuration", f"{type(error).__name__}: {error}"))
         return None
 
-    images, steps = (
-        attempt(lambda: patience.within(patience.PATIENCE_S, lambda: open_images(config))),
-        config.optim.steps,
-    )
+    images = attempt(lambda: patience.within(patience.PATIENCE_S, lambda: open_images(config)))
+    steps = config.optim.steps
     attempt(lambda: build_masks(config))
     attempt(lambda: build_augmentation(config))
     attempt(lambda: build_reading(config))
