@@ -122,6 +122,7 @@ def test_a_store_that_never_answers(
     assert f"the images are not open after 0.5 s: do {root} answer" in line
 
 
+@pytest.mark.slow
 def test_a_folder_that_takes_long_to_list_prevents_no_run(
     train: "Trainer", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "packed"
 
 
+@pytest.mark.slow
 def test_the_same_images_whatever_reads_them(
     shards: Path, trainer_at: "Callable[[Path], Trainer]", tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def config() -> Config:
     return parse_config(TINY)
 
 
+@pytest.mark.slow
 def test_a_tracked_run_that_is_resumed(train: "Trainer", offline: None) -> None:
     """Both have each logged step once, with the values of metrics.jsonl."""
     pytest.importorskip("tensorboard")

@@ -109,6 +109,7 @@ def given_alone(model: MAE, pixels: Tensor, path: Path) -> None:
     save_file(given | {"noise": noise_for(1, mask.shape[1])}, path)
 
 
+@pytest.mark.slow
 def test_transformers_reads_it_where_fastjepa_is_not(tmp_path: Path) -> None:
     """The loss of a picture, the encoder by itself, and training that goes on."""
     model = mae(mask_ratio=0.6, norm_pix_loss=False)
@@ -132,6 +133,7 @@ def test_transformers_reads_it_where_fastjepa_is_not(tmp_path: Path) -> None:
     run_alone(ALONE, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_what_it_was_trained_for(
     trainer_at: "Callable[[Path], Trainer]", tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -253,6 +253,7 @@ def test_a_thousand_saves_leak_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000999", "step_00001000"]
 
 
+@pytest.mark.slow
 def test_run_resume_lets_other_settings_through_only_when_forced(train: "Trainer") -> None:
     train("optim.steps=6").check()
     refused = train("optim.steps=6", "optim.lr=2e-3").check(1)
