@@ -154,7 +154,10 @@ class Finished:
 def kill(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.kill()
-        process.communicate()
+        process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:  # not read to its end, which those that outlive the process would hold open
+            pipe.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,14 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 
 def children(pid: int) -> list[int]:
-    """Of all threads of a process."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += map(int, task.read_text().split())
-    return found
+    """Of all threads of a process; none of one that is gone."""
+    while is_alive(pid):
+        try:
+            tasks = Path(f"/proc/{pid}/task").glob("*/children")
+            return [int(child) for task in tasks for child in task.read_text().split()]
+        except OSError:  # a thread has just ended, and its children are another's now
+            continue
+    return []
 
 
 def descendants(pid: int) -> list[int]:
