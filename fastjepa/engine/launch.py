@@ -1,14 +1,7 @@
-"""Engines: everything between a network and something that can step it.
+"""Engines: everything between a network and something that can step it."""
 
-DeepSpeed is imported where an engine of its own is started, and nowhere else.
-"""
-
-import importlib
-import io
-import logging
-import warnings
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +9,10 @@ from torch import nn
 import fastjepa_kernels as fk
 from fastjepa.config import Config, ConfigError, merged
 from fastjepa.engine.build import build_shape
-from fastjepa.engine.processes.world import HOST_TIMEOUT, World, start_group_of_one
-from fastjepa.engine.protocol import Engine, ZeroEngine
+from fastjepa.engine.processes.world import World
+from fastjepa.engine.protocol import Engine
 from fastjepa.engine.single import SingleDevice
+from fastjepa.engine.zero import start_zero
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -97,7 +91,6 @@ def deepspeed_config(config: Config, world_size: int, on_gpu: bool = False) -> d
         "train_batch_size": config.optim.global_batch,
         "gradient_clipping": config.optim.clip_grad,
         "zero_optimization": _zero(config, stage, on_gpu),
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast there, and is compiled already
         "bf16": {"enabled": bf16},
         "steps_per_print": None,
@@ -165,51 +158,5 @@ def start_engine(network: nn.Module, config: Config, world: World) -> Engine:
             clip=optim.clip_grad,
             accumulation=config.speed.accumulation,
         )
-    deepspeed = _start_deepspeed(world)
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures past any log level
-        engine, *_ = deepspeed.initialize(
-            model=network,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
-            dist_init_required=False,
-        )
-    return cast(ZeroEngine, engine)
-
-
-def _start_deepspeed(world: World) -> Any:
-    """The package, ready to use the processes of `join_world`."""
-    try:
-        import deepspeed
-        from deepspeed.accelerator import set_accelerator
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    except ImportError as error:
-        raise ConfigError(
-            "DeepSpeed cannot be imported; `pip install fastjepa[train]` brings it, and one device needs "
-            f"none at speed.zero_stage 0 ({error})"
-        ) from error
-    if world.device.type == "cpu":  # it would choose a GPU that it sees
-        set_accelerator(CPU_Accelerator())
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It calls collectives by names that torch 2.14 warns of at each call.
-    warnings.filterwarnings("ignore", ".* is deprecated. Please use `torch.distributed", FutureWarning)
-    # On the CPU DeepSpeed would compile a shared-memory reducer at first use, for over a minute.
-    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
-    _import_muon()
-    start_group_of_one(world)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if world.device.type == "cuda" else "gloo", timeout=HOST_TIMEOUT, verbose=False
-    )
-    return deepspeed
-
-
-def _import_muon() -> None:
-    """Before DeepSpeed does, to see whether an optimizer is one. As it is, that loads the compiler."""
-    compiled = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    except (ImportError, TypeError):  # of another version of DeepSpeed
-        pass
-    finally:
-        torch.compile = compiled
+    settings = deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda")
+    return start_zero(network, groups, optim, settings, world, compiles=config.speed.compile)
