@@ -15,6 +15,7 @@ from torch import nn
 from fastjepa.config import ConfigError, OptimConfig
 from fastjepa.engine.processes.world import HOST_TIMEOUT, World, start_group_of_one
 from fastjepa.engine.protocol import ZeroEngine
+from fastjepa.models.block import Block
 
 
 class UncompiledAdamW(torch.optim.AdamW):
@@ -52,6 +53,9 @@ def start_zero(
     """
     with nullcontext() if compiles else _without_compiler():
         deepspeed = _import_deepspeed(world)
+        # At ZeRO 3 the weights of a block come and go together, by one hook: one in each of its layers would
+        # take half of a small step, and keep the block from its fused passes.
+        deepspeed.utils.set_z3_leaf_modules(network, [Block])
         # Those that are tried are told by their very type; of others there is a warning.
         importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.append(
             UncompiledAdamW

@@ -45,8 +45,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [T, D] to [T, D].
 
-    In two parts, `begin` and `finish`, between which a caller may lay out rows anew. The last sum is handed
-    on undone, as two tensors: made where the next norm reads it, it costs no pass of its own.
+    In two parts, `begin` and `finish`, between which rows may be laid out anew. The last sum is handed on
+    undone, as two tensors: made where the next norm reads it, it costs no pass of its own.
 
     Attributes:
         is_fused: take each part's forward and backward pass as `fastjepa_kernels.block` has them. Whatever it
@@ -65,10 +65,31 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, round(width * mlp_ratio))
 
-    def forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None = None) -> Tensor:
-        """[T, D], or with `rows` int64 [R] the result at those rows alone, [R, D]."""
-        y, added = self.finish(*self.begin(x, None), sequences, rows)
-        return y + added
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None = None,
+        *,
+        sequences: Sequences,
+        rows: Tensor | None = None,
+        spread: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The block of x + delta, [T, D] each, as y and what is to be added to it.
+
+        Args:
+            x, delta: the stream; without delta x alone.
+            sequences: how it is cut, once spread.
+            rows: int64 [R], rows that alone go on after the attention, each once where a gradient is wanted.
+            spread: lays out what `begin` gives anew, row by row: tokens that are in several sequences need be
+                in `x` once.
+
+        Returns:
+            [T, D] each, or [R, D] with `rows`.
+        """
+        total, qkv = self.begin(x, delta)
+        if spread is not None:
+            total, qkv = spread(total), spread(qkv)
+        return self.finish(total, qkv, sequences, rows)
 
     def begin(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """total = x + delta [T, D], and its queries, keys and values [T, 3 D]. Row by row."""
@@ -77,8 +98,7 @@ class Block(nn.Module):
     def finish(
         self, total: Tensor, qkv: Tensor, sequences: Sequences, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """y and what is to be added to it: [T, D] each, or [R, D] with `rows`, which go on alone after the
-        attention. Each row once where a gradient is wanted."""
+        """The rest of it, as `forward` returns it."""
         finish = self._finish if self.compiled is None else self.compiled.finish
         return finish(total, qkv, sequences, rows)
 

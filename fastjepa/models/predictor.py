@@ -85,6 +85,4 @@ class Predictor(nn.Module):
             x, delta = stack.run(layout.spread(tokens), layout.sequences)
             return x.index_select(0, rows), None if delta is None else delta.index_select(0, rows)
         # Norm and QKV of the first block see rows alone: those of the context are the same for all M blocks.
-        total, qkv = stack.blocks()[0].begin(tokens, None)
-        first = layout.spread(total), layout.spread(qkv)
-        return stack.run(first[0], layout.sequences, rows, first)
+        return stack.run(tokens, layout.sequences, rows, layout.spread)

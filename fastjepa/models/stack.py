@@ -75,7 +75,7 @@ class Stack(nn.ModuleList):
         x: Tensor,
         sequences: Sequences,
         rows: Tensor | None = None,
-        first: tuple[Tensor, Tensor] | None = None,
+        spread: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """A stream through the blocks.
 
@@ -84,7 +84,7 @@ class Stack(nn.ModuleList):
             sequences: how it is cut.
             rows: int64 [R], distinct rows that alone are wanted: the last block goes on with them after its
                 attention. None for all.
-            first: what `begin` of the first block gave already for these tokens; `x` is not read then.
+            spread: in the first block, between its two parts; see `Block.forward`.
 
         Returns:
             y and what is to be added to it (None without a block): [T, D], or [R, D] with `rows`.
@@ -92,8 +92,9 @@ class Stack(nn.ModuleList):
         delta: Tensor | None = None
         again = self.recompute and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks()):
-            begun = first if number == 0 else None
-            step = partial(_run_block, block, sequences, rows if number == len(self) - 1 else None, begun)
+            wanted = rows if number == len(self) - 1 else None
+            # Called as a module and with tensors alone by position: hooks of blocks see what they need to.
+            step = partial(block, sequences=sequences, rows=wanted, spread=spread if number == 0 else None)
             with nullcontext() if self.lend is None else self.lend(number):
                 x, delta = checkpoint(step, x, delta, use_reentrant=False) if again else step(x, delta)
         return x, delta
@@ -101,14 +102,3 @@ class Stack(nn.ModuleList):
     def finish(self, norm: nn.LayerNorm, x: Tensor, delta: Tensor | None) -> Tensor:
         """norm(x + delta), of what `run` returned."""
         return add_norm(norm, x, delta, self.is_fused)
-
-
-def _run_block(
-    block: Block,
-    sequences: Sequences,
-    rows: Tensor | None,
-    begun: tuple[Tensor, Tensor] | None,
-    x: Tensor,
-    delta: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return block.finish(*(block.begin(x, delta) if begun is None else begun), sequences, rows)

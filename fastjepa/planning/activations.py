@@ -82,13 +82,9 @@ def predictor_bytes(network: Network, tokens: Tokens, kept: Kept) -> float:
     narrow, heads = network.predictor, network.predictor_heads
     rows, stream, asked = tokens.context, tokens.stream, tokens.asked
     blocks = stack_bytes(narrow.width, heads, NARROW_RATIO, narrow.depth, stream, asked, kept)
-    # The first block's norm sees each token of the context once, and its queries, keys and values are spread.
-    once = rows + asked
-    norm = NUMBER * narrow.width * (1 if kept.remade else 2) + 2 * STATISTIC
-    if kept.checkpointed:
-        blocks += once * norm + NUMBER * 3 * narrow.width * stream
-    else:
-        blocks -= (stream - once) * norm
+    # The first block's norm sees each token of the context once; then they are spread.
+    inputs = NUMBER * narrow.width * (1 if kept.remade or kept.checkpointed else 2)
+    blocks -= (stream - rows - asked) * (inputs + 2 * STATISTIC * (not kept.checkpointed))
     loss = (
         2 * NUMBER * network.shape.width * asked
     )  # the prediction, and the slope that its gradient is made of

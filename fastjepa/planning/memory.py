@@ -139,8 +139,8 @@ def state(groups: Sequence[Group], split: Split, block: int, outside: int) -> St
     )
 
 
-def step(groups: Sequence[Group], split: Split) -> Step:
-    """Of a rank, while a step lasts."""
+def step(groups: Sequence[Group], split: Split, block: int) -> Step:
+    """Of a rank, while a step lasts; `block` as of `state`."""
     stage, ranks = split.stage, split.ranks
     whole = sum(padded(group, stage, ranks) for group in groups)
     mine = sum(part(group, stage, ranks) for group in groups)
@@ -160,7 +160,7 @@ def step(groups: Sequence[Group], split: Split) -> Step:
             buckets = bucket * (2 if split.on_gpu else 1)
             return Step(FP32 * mine, buckets, 0.0, buckets + bucket, True, split.accumulates)
         case 3:
-            return Step(0.0, bucket, BF16 * gathered(whole, split), 0.0)
+            return Step(0.0, bucket, BF16 * gathered(whole, split, block), 0.0)
     raise ValueError(f"ZeRO has stages 0 to 3, got {stage}")
 
 
@@ -173,12 +173,16 @@ def kept_whole(numel: int, split: Split) -> int:
     return min(numel, split.reuse // 2)
 
 
-def gathered(numel: int, split: Split) -> int:
+def gathered(numel: int, split: Split, block: int) -> int:
     """Elements of the student that are whole when the backward pass begins; one rank gathers nothing.
 
-    What comes ahead of its use fills stage3_max_live_parameters, which are two buckets, whatever is kept.
+    What comes ahead of its use fills stage3_max_live_parameters, which are two buckets, whatever is kept. As
+    much as is gathered at once, a block, is there twice: in one piece until all of it is in use.
     """
-    return min(numel, max(kept_whole(numel, split), 2 * split.bucket)) if split.ranks > 1 else 0
+    if split.ranks == 1:
+        return 0
+    whole = max(kept_whole(numel, split), 2 * split.bucket)
+    return whole + block if whole < numel else numel
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class Memory:
 def memory_of(
     network: Network, split: Split, tokens: Tokens, checkpointed: bool, fused: bool = True
 ) -> Memory:
-    """Of a rank on a GPU. The hooks of ZeRO 3 keep blocks from being fused, so that they keep more.
+    """Of a rank on a GPU.
 
     Args:
         network: with its objective.
@@ -228,18 +232,18 @@ def memory_of(
         checkpointed: as `speed.checkpoint_blocks`.
         fused: as `speed.fused_blocks`.
     """
-    kept = Kept(remade=fused and split.stage < 3, checkpointed=checkpointed)
+    kept = Kept(remade=fused, checkpointed=checkpointed)
     working = backward_bytes(network, tokens, kept)
+    block = network.block_parameters
     if network.is_mae:
         between = replace(state(network.groups, split, 0, 0), shadow=0.0, target=0.0)
     else:
-        block = network.block_parameters
         outside = network.encoder_parameters - network.shape.depth * block
         between = state(network.groups, split, block, outside)
         working = max(working, target_bytes(network, tokens) * checkpointed)
     return Memory(
         between,
-        step(network.groups, split),
+        step(network.groups, split, block),
         forward_bytes(network, tokens, kept),
         left_bytes(network, tokens, kept, split.bucket),
         working,

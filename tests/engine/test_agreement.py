@@ -108,8 +108,8 @@ def config_of(case: Case) -> Config:
         None,
         [
             "model.size=free", "model.width=64", "model.depth=2", "model.heads=2", "model.patch_size=4",
-            "model.predictor_width=48", "model.predictor_depth=2", "model.predictor_heads=2",
-            "model.decoder_width=48", "model.decoder_depth=1", "model.decoder_heads=2",
+            "model.predictor_width=32", "model.predictor_depth=2", "model.predictor_heads=2",
+            "model.decoder_width=32", "model.decoder_depth=1", "model.decoder_heads=2",
             f"masks.mode={case.mode}", f"objective.name={case.objective}",
             "data.image_size=28", "data.channels=1", "data.mean=[0.286]", "data.std=[0.353]",
             "data.crop_scale=null", "optim.global_batch=16", "optim.epochs=null", f"optim.steps={case.steps}",

@@ -64,7 +64,7 @@ CASES = [
     Case(2, 0, remade=True),
     Case(2, 1),
     Case(2, 2, remade=True, checkpointed=True),
-    Case(2, 3, remade=True),  # whose hooks keep blocks from being fused
+    Case(2, 3, remade=True),
     Case(2, 3, reuse=1_000_000_000),  # DeepSpeed's own: all weights stay
     Case(1, 0, remade=True, accumulation=2),
     Case(2, 1, remade=True, accumulation=2),
