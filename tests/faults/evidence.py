@@ -26,7 +26,7 @@ STEPS = 120  # seven epochs
 RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.every_steps=65", "data.flip=0.5")
 
 TIMEOUT_S = 500  # on a machine that is busy with other things
-WITNESS = Path(__file__).with_name("witness.py")
+WITNESS, START = (Path(__file__).with_name(name) for name in ("witness.py", "start.py"))
 SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s", "judge_s", "save_s"}
 
 
@@ -198,5 +198,13 @@ def lines_with(text: str, *words: str) -> list[str]:
     return [line for line in text.splitlines() if all(word in line for word in words)]
 
 
-def torchrun(ranks: int) -> Sequence[str]:
+def torchrun(ranks: int) -> tuple[str, ...]:
     return ("torchrun", "--standalone", "--nproc-per-node", str(ranks))
+
+
+def ranks_of(count: int) -> tuple[str, ...]:
+    """A launcher that starts in no time: for what the launcher has no part in."""
+    return (sys.executable, str(START), str(count))
+
+
+TWO = ranks_of(2)

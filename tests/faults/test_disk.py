@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastjepa.engine.checkpoints.verify import verify_checkpoint
-from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results, torchrun
+from tests.faults.evidence import RUN, STEPS, TWO, Watched, lines_with, results
 from tests.faults.table import Row
 
 SIZE = "2m"  # of the disk: five checkpoints
@@ -167,11 +167,10 @@ def test_two_ranks_start_again_on_a_full_disk(
     watched: Watched, table: Callable[[str, str], Row], disk: Disk
 ) -> None:
     row = table("the same command while the disk is full", "resumes, warns, trains on, fails at the end")
-    ranks = torchrun(2)
-    watched("optim.steps=10", launcher=ranks).check()
+    watched("optim.steps=10", launcher=TWO).check()
     shutil.rmtree(watched.checkpoints / "step_00000010")
     disk.fill()
-    failed = watched("optim.steps=10", launcher=ranks)
+    failed = watched("optim.steps=10", launcher=TWO)
     row.times += 1
     assert failed.code == 1, failed
     assert lines_with(failed.out, "Resuming at step 5 of 10"), failed
@@ -179,5 +178,5 @@ def test_two_ranks_start_again_on_a_full_disk(
     assert watched.witness.newest_step() == 9, "it trained on"
     assert watched.trainer.saved_steps == [5]
     disk.make_room()
-    watched("optim.steps=10", launcher=ranks).check()
+    watched("optim.steps=10", launcher=TWO).check()
     assert watched.trainer.saved_steps == [5, 10]

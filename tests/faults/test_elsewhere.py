@@ -7,6 +7,7 @@ import pytest
 
 from tests.faults.evidence import (
     STEPS,
+    TWO,
     Watched,
     assert_same_steps,
     differing_bytes,
@@ -14,7 +15,6 @@ from tests.faults.evidence import (
     lines_with,
     results,
     tensors,
-    torchrun,
 )
 from tests.faults.table import Row
 
@@ -25,14 +25,14 @@ STOPS = (21, 44, 69, 93)  # in epochs of 17 steps
 def go_through(watched: Watched, run: Sequence[str], parts: Sequence[tuple[int, Sequence[str]]]) -> None:
     """Run it in parts of (ranks, settings), stopped by SIGTERM near STOPS."""
     for number, (ranks, settings) in enumerate(parts):
-        launcher = torchrun(ranks) if ranks > 1 else ()
+        launcher = TWO if ranks > 1 else ()
         if number == len(parts) - 1:
             ended = watched(*run, *settings, launcher=launcher).check()
         else:
             process = watched.start(*run, *settings, launcher=launcher, gates=[STOPS[number]])
             with watched.standing_at(process, STOPS[number]):
-                process.send_signal(signal.SIGTERM)  # torchrun hands it on, and then fails of it itself
-            ended = watched.finish(process)
+                process.send_signal(signal.SIGTERM)
+            ended = watched.finish(process).check()
             assert STOPS[number] <= watched.step < STEPS, ended
         if number:
             assert lines_with(ended.out, "Resuming at step"), ended
@@ -100,7 +100,7 @@ def test_two_ranks_and_two_again(
 ) -> None:
     row = table("two ranks resumed by two, at ZeRO 1, 2, 1", "same bits")
     parts = [(2, (f"speed.zero_stage={stage}", f"speed.workers={stage}")) for stage in (1, 2, 1)]
-    reference = uninterrupted(*RUN, launcher=tuple(torchrun(2)))
+    reference = uninterrupted(*RUN, launcher=TWO)
     go_through(watched, RUN, parts)
     row.times += len(parts) - 1
     row.hold_against(watched, reference)
@@ -115,7 +115,7 @@ def test_two_ranks_with_cut_weights(
     """The weights that the network computes with are put back too, and not only the masters."""
     row = table("two ranks resumed by two, at ZeRO 3", "same bits")
     run = (*RUN, "speed.zero_stage=3")
-    reference = uninterrupted(*run, launcher=tuple(torchrun(2)))
+    reference = uninterrupted(*run, launcher=TWO)
     go_through(watched, run, [(2, ()), (2, ("speed.workers=2",))])
     row.times += 1
     row.hold_against(watched, reference)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.evidence import RUN, STEPS, Watched, assert_same_steps, images_lost, lines_with, torchrun
+from tests.faults.evidence import RUN, STEPS, TWO, Watched, assert_same_steps, images_lost, lines_with
 from tests.faults.table import Row
 
 HARM = str(Path(__file__).with_name("harm.py"))
-TWO = tuple(torchrun(2))
 
 
 @pytest.mark.slow_fault

@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.evidence import RUN, Watched, lines_with, torchrun
+from tests.faults.evidence import RUN, TWO, Watched, lines_with, torchrun
 from tests.faults.processes import assert_gone, descendants, needs_proc, ranks_below
 from tests.faults.table import Row
-
-TWO = tuple(torchrun(2))
 
 pytestmark = [needs_proc, pytest.mark.slow_fault]
 
@@ -35,7 +33,7 @@ def test_a_lost_rank(
     for rank in (1, 0):
         step = 25 if rank else 70
         settings = ("speed.workers=1", "run.dead_after_s=10")
-        process = watched.start(*RUN, *settings, launcher=TWO, gates=[step])
+        process = watched.start(*RUN, *settings, launcher=torchrun(2), gates=[step])
         with watched.standing_at(process, step):
             below = descendants(process.pid)
             lost = ranks_below(process.pid)[rank]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.evidence import RUN, STEPS, Watched, lines_with, results, torchrun
+from tests.faults.evidence import RUN, STEPS, TWO, Watched, lines_with, results, torchrun
 from tests.faults.processes import assert_gone, children, descendants, is_alive, needs_proc, ranks_below
 from tests.faults.table import Row
 from tests.faults.test_bad_images import RUN as FOLDER_RUN
@@ -21,8 +21,6 @@ from tests.faults.test_bad_images import write_images
 from tests.ranks import free_port
 
 pytestmark = needs_proc
-
-TWO = tuple(torchrun(2))
 
 
 def assert_saved_together(watched: Watched, said: str) -> None:
@@ -141,7 +139,7 @@ def test_sigterm_to_torchrun(
     watched: Watched, uninterrupted: Callable[..., Watched], table: Callable[[str, str], Row]
 ) -> None:
     row = table("SIGTERM to torchrun", "it hands it on; all save the same step; torchrun itself fails of it")
-    process = watched.start(*RUN, launcher=TWO, gates=[40])
+    process = watched.start(*RUN, launcher=torchrun(2), gates=[40])
     with watched.standing_at(process, 40):
         below = descendants(process.pid)
         process.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.faults.evidence import RUN, Watched, torchrun
+from tests.faults.evidence import RUN, Watched, ranks_of
 from tests.faults.processes import assert_gone, descendants, needs_proc, ranks_below
 from tests.faults.table import Row
 
@@ -128,4 +128,4 @@ def test_a_node_that_is_cut_off(
     nodes.plug(is_in=True)
     resumed = watched(*settings, launcher=nodes.launcher).check()
     assert "Resuming at step" in resumed.out
-    row.hold_against(watched, uninterrupted(*RUN, launcher=tuple(torchrun(4))))
+    row.hold_against(watched, uninterrupted(*RUN, launcher=ranks_of(4)))
