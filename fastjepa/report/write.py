@@ -4,7 +4,6 @@ import os
 import re
 import time
 from dataclasses import fields
-from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -167,10 +166,11 @@ def _patches(run: Run) -> list[Picture]:
 
 def _features(snapshots: list[Snapshot]) -> Picture:
     title = "Patch features as colours"
-    try:
-        colours = patches.feature_colours(snapshots)
-    except ValueError as error:  # a diverged run, or snapshots of other images
-        return Picture(title, f"Cannot be drawn: {escape(str(error))}.", [])
+    snapshots, reasons = patches.comparable(snapshots)
+    left_out = f"Left out: {'; '.join(reasons)}." if reasons else ""
+    if not snapshots:
+        return Picture(title, left_out, [])
+    colours = patches.feature_colours(snapshots)
     caption = (
         "The first three principal components of the target encoder's patch features as red, green and "
         "blue: within a row, like colours are like features."
@@ -187,6 +187,8 @@ def _features(snapshots: list[Snapshot]) -> Picture:
             "be followed down the rows (mean correlation with the last row, 1 at most): "
             f"{', '.join(agreed[:-1])}."
         )
+    if left_out:
+        caption += f" {left_out}"
     drawn = patches.feature_pictures(snapshots, colours)
     return Picture(
         title, caption, [figures.to_png(figure) for figure in drawn], words.features(snapshots, when)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.masks import MultiBlockMasks
@@ -196,5 +196,31 @@ def test_a_diverged_run_still_has_a_page(run_dir: Path) -> None:
     save_file(tensors, path, metadata={"grid": "7,7", "step": "100"})
     text = page_of(run_dir).text
     assert "the features are not finite" in text
-    assert "Cannot be drawn: the patch features are not all finite" in text
+    assert "Left out: step 100, whose features are not finite: the run had diverged." in text
     assert "Everything outside is to be predicted" in text
+
+
+@pytest.mark.parametrize("bad", [0, 50, 100])
+def test_one_snapshot_without_features_costs_its_own_row(run_dir: Path, bad: int) -> None:
+    folder = run_dir / "report" / "snapshots"
+    tensors = load_file(folder / "step_00000000.safetensors")
+    good = [step for step in (0, 50, 100) if step != bad]
+    for step in (bad, *good):
+        tensors["features"] = torch.randn(6, 49, 24, generator=torch.Generator().manual_seed(step)).half()
+        if step == bad:
+            tensors["features"][3, 2, 1] = torch.nan
+        metadata = {"grid": "7,7", "step": str(step)}
+        save_file(tensors, folder / f"step_{step:08d}.safetensors", metadata=metadata)
+    page, names = page_of(run_dir), {0: "start", 50: "step 50", 100: "step 100"}
+    assert f"Left out: {names[bad]}, whose features are not finite" in page.text
+    alts = [value for name, value in page.attributes if name == "alt" and "as colours" in (value or "")]
+    rows = ", ".join(names[step] for step in good)
+    assert [str(alt).endswith(f"as colours: {rows}.") for alt in alts] == [True, True]
+
+
+def test_features_of_other_images_have_no_row(run_dir: Path) -> None:
+    path = run_dir / "report" / "snapshots" / "step_00000000.safetensors"
+    tensors = load_file(path)
+    tensors["images"] = 255 - tensors["images"]
+    save_file(tensors, path, metadata={"grid": "7,7", "step": "0"})
+    assert "Left out: start, which is of other images or patches than step 100." in page_of(run_dir).text
