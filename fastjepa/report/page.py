@@ -38,6 +38,7 @@ class Page:
     warning: str | None
     verdict: list[str]
     bars: Picture | None
+    events: list[str]  # what befell the run besides training
     curves: list[Picture]
     times: list[Part]
     patches: list[Picture]
@@ -108,7 +109,7 @@ def _status(page: Page) -> str:
     else:
         words = (
             f"<b>Broken off:</b> no process trains here any more, and the last row is of {at}. "
-            "The same command resumes it from its newest checkpoint."
+            "What it printed last says why. The same command resumes it from its newest checkpoint."
         )
     bar = ""
     if status.planned:
@@ -122,6 +123,7 @@ def _sections(page: Page) -> list[tuple[str, str, str]]:
     run = page.run
     bars = "" if page.bars is None else _figure(page.bars)
     numbers = _table(run.summary.probes) if run.summary.probes else ""
+    events = "".join(f'<p class="status">{escape(event)}</p>' for event in page.events)
     curves = f'<div class="curves">{"".join(map(_figure, page.curves))}</div>' if page.curves else ""
     missing = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     config = f"<details><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
@@ -131,7 +133,7 @@ def _sections(page: Page) -> list[tuple[str, str, str]]:
             "What the encoder learned",
             f'<div class="wide">{bars}{numbers}</div>' if numbers else "",
         ),
-        ("training", "How training went", curves),
+        ("training", "How training went", events + curves),
         ("time", "Where the time went", _times(page.times)),
         ("pictures", "What it sees", "".join(map(_figure, page.patches))),
         ("missing", "What is missing", f"<ul>{missing}</ul>" if missing else ""),

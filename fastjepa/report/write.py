@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
 from fastjepa.report import figures, patches, shown, words
+from fastjepa.report.events import events
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
@@ -69,6 +70,7 @@ def compose(run_dir: Path) -> Page:
             figures.probe_bars(run.summary),
             words.bars(run.summary),
         ),
+        events=events(run.metrics),
         curves=_curves(run),
         times=times(run),
         patches=_patches(run),
