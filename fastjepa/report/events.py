@@ -19,8 +19,8 @@ def events(metrics: Metrics) -> list[str]:
     if "loss" not in last and any("loss" in row for row in trained):
         sound = max(row["step"] for row in trained if "loss" in row)
         said.append(
-            f"The run has diverged: its loss is not finite at step {last['step']:,.0f}; the last that was is of step "
-            f"{sound:,.0f}. A lower optim.lr, a longer warm-up or optim.clip_grad may help."
+            f"The run has diverged: its loss is not finite at step {last['step']:,.0f}; the last that was is "
+            f"of step {sound:,.0f}. A lower optim.lr, a longer warm-up or optim.clip_grad may help."
         )
     return said
 

@@ -129,8 +129,8 @@ def _read_metrics(path: Path) -> tuple[Metrics, int]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+            step = int(row["step"] + 0)  # a number, and not the text of one
+        except (ValueError, TypeError, KeyError, OverflowError):
             torn = number == len(lines) and not text.endswith("\n")
             bad_lines += not torn
         else:
@@ -140,6 +140,8 @@ def _read_metrics(path: Path) -> tuple[Metrics, int]:
 
 def _read_summary(path: Path) -> Summary:
     raw = json.loads(path.read_text())
+    if not isinstance(raw, dict):
+        raise ValueError("it is no JSON object")
     rows = raw.get("probe") or []
     known = Probe.__dataclass_fields__
     return Summary(

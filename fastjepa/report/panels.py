@@ -107,8 +107,11 @@ def heat(
 
 
 def under(axes: Axes, words: str, colour: str = MUTED) -> None:
-    """A line under a panel."""
-    axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", size=_SIZE, color=colour)
+    """A line under a panel, as it stands: names of classes may have dollars, and are no formulas."""
+    axes.text(
+        0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", size=_SIZE, color=colour,
+        parse_math=False,
+    )  # fmt: skip
 
 
 def frame(axes: Axes, block: np.ndarray, colour: str, width: float = 1.4) -> None:

@@ -49,8 +49,12 @@ def prediction_pictures(snapshot: Snapshot, predictions: Predictions, targets: T
             for axes, image in zip(sheet.axes[1 + block], chosen, strict=False):
                 cells = on_grid(there[image], values[image], snapshot.grid)
                 heat(axes, images[image], cells, colours, norm)
-                frame(axes, ~np.isnan(cells), colour)
-                under(axes, f"{values[image].mean():.2f}".replace("-", "\N{MINUS SIGN}"))
+                block_of = np.zeros(snapshot.grid, dtype=bool)
+                block_of.flat[there[image]] = True
+                frame(axes, block_of, colour)
+                mean = float(values[image].mean())
+                words = f"{mean:.2f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(mean) else "not finite"
+                under(axes, words)
         sheet.scale(colours, norm, "0: no better than the mean of the place; 1: exact", ticks)
         figures.append(sheet.figure)
     return figures
@@ -118,7 +122,8 @@ def _scale_of(values: np.ndarray) -> tuple[Colormap, Normalize, list[float]]:
 
     The few below have the colour of the lower end.
     """
-    low = math.floor(10 * float(np.quantile(values, 0.05))) / 10
+    finite = values[np.isfinite(values)]  # a predictor may diverge before the target encoder does
+    low = math.floor(10 * float(np.quantile(finite, 0.05))) / 10 if finite.size else -1.0
     if low <= 0:
         return AGREEMENT, Normalize(-1, 1), [-1, -0.5, 0, 0.5, 1]
     low = min(low, 0.9)

@@ -1,5 +1,7 @@
 """What the last snapshot of a run shows besides masks and features, and the words beside it."""
 
+import math
+
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -163,7 +165,8 @@ def _attended(last: Snapshot) -> Picture | None:
 
 def _mean(values: Tensor) -> str:
     """To two digits; places without a value are left out."""
-    return f"{float(values.float().nanmean()):.2f}".replace("-", "\N{MINUS SIGN}")
+    mean = float(values.float().nanmean())
+    return f"{mean:.2f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(mean) else "no number"
 
 
 def _drawn(title: str, caption: str, drawn: list[Figure], alt: str) -> Picture:

@@ -1,0 +1,69 @@
+"""Pictures of what a snapshot shows besides features, from odd but possible ones."""
+
+import warnings
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fastjepa.evaluation.showing import Neighbours, Predictions, Showing
+from fastjepa.report import shown
+from fastjepa.report.figures import to_png
+from fastjepa.report.load import Snapshot
+from fastjepa.report.neighbours import name_of, neighbour_pictures
+
+TARGETS = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])  # [M, n, P]
+
+
+def snapshot(showing: Showing, class_names: tuple[str, ...] = ()) -> Snapshot:
+    images = torch.arange(2 * 12 * 12).view(2, 1, 12, 12).to(torch.uint8)
+    context = [torch.tensor([8]), torch.tensor([8])]
+    return Snapshot(10, (3, 3), images, torch.randn(2, 9, 4).half(), context, TARGETS, showing, class_names)
+
+
+def predictions(centred: Tensor) -> Predictions:
+    return Predictions(cosine=centred, of_mean=centred, centred=centred, of_others=centred)
+
+
+@pytest.mark.parametrize("bad", [1, 8])
+def test_a_predictor_that_diverged_before_the_target_has_its_picture(bad: int) -> None:
+    centred = torch.full((2, 2, 2), 0.5).half()
+    centred.view(-1)[:bad] = torch.nan
+    last = snapshot(Showing(predictions=predictions(centred)))
+    (picture,) = shown.pictures(last, last)
+    assert picture.title == "What the predictor predicts"
+    assert len(picture.pngs) == 1
+    assert "nan" not in picture.caption + picture.alt
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_any_name_of_a_class_is_written_as_it_stands() -> None:
+    names = (
+        "$x_{$",
+        "a$b$c",
+        "\N{CJK UNIFIED IDEOGRAPH-978B}",
+        "two\nlines",
+        "caf\N{LATIN SMALL LETTER E WITH ACUTE}",
+    )
+    near = Neighbours(
+        by_features=torch.zeros(2, 4, 1, 4, 4, dtype=torch.uint8),
+        by_pixels=torch.zeros(2, 4, 1, 4, 4, dtype=torch.uint8),
+        feature_labels=torch.tensor([[0, 1, 2, 3]] * 2),
+        pixel_labels=torch.tensor([[4, 0, 1, 2]] * 2),
+        labels=torch.tensor([0, 1]),
+        bank_labels=torch.arange(5),
+    )
+    (figure,) = neighbour_pictures(snapshot(Showing(neighbours=near), names), near)
+    with warnings.catch_warnings(action="error"):
+        assert to_png(figure)
+    assert {"$x_{$", "a$b$c", "2", "3", names[4]} <= set(texts(figure))
+
+
+def test_a_class_without_a_name_has_its_number() -> None:
+    assert name_of(3, ("shoe",)) == "3"
+    assert name_of(0, ("shoe",)) == "shoe"
+    assert name_of(0, ("a very long name indeed",)) == "a very long \N{HORIZONTAL ELLIPSIS}"
