@@ -6,6 +6,7 @@ lays several side by side on a wider screen. A function returns None when there 
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fastjepa.evaluation.collapse import BETWEEN_IMAGES_FALL, RANKME_FALL, TARGET_STD_LOW
-from fastjepa.report.load import Metrics, Summary
-from fastjepa.report.verdict import BASELINES, TRAINED
+from fastjepa.report.load import Metrics, Probe, Summary
+from fastjepa.report.verdict import BASELINES, TRAINED, along_the_way
 
 INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
 BLUE, LIGHT_BLUE, RED, GREEN = "#17669b", "#6ea0c4", "#b8432f", "#2b7f5c"
@@ -71,14 +72,27 @@ def loss_curve(metrics: Metrics) -> Figure | None:
 
 
 def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
-    """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed."""
-    x, y = series(metrics, key)
-    if len(x) == 0:
+    """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed.
+
+    The baselines are those judged as along the way. A run of an older version has only those of the end, and
+    beside them, not joined to the others, the accuracy at the end, of as many images.
+    """
+    along, end = along_the_way(metrics, summary)
+    lines = [(along, "now" if not end else "last", BLUE, "o")]
+    if not summary.along:
+        lines.append((end, "at the end", INK, "D"))
+    if not any(len(series(rows, key)[0]) for rows, *_ in lines):
         return None
     figure, axes = _panel(metrics)
-    axes.plot(x, 100 * y, color=BLUE, linewidth=1.6, marker="o", markersize=3.5)
-    labels = [(100 * y[-1], f"now {100 * y[-1]:.1f}", BLUE)]
-    for name, value in _accuracies(summary, BASELINES, key):
+    labels = []
+    for rows, name, colour, marker in lines:
+        x, y = series(rows, key)
+        if len(x) == 0:
+            continue
+        axes.plot(x, 100 * y, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+        labels.append((100 * y[-1], f"{name} {100 * y[-1]:.1f}", colour))
+    named = summary.baseline_along if summary.along else summary.probe
+    for name, value in _accuracies(named, BASELINES, key):
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=_DASHED)
         labels.append((value, f"{_SHORT[name]} {value:.1f}", INK))
     axes.set_ylabel("top-1 accuracy, %")
@@ -117,7 +131,7 @@ def probe_bars(summary: Summary) -> Figure | None:
     measured = [
         (key, title, bars)
         for key, title in (("linear_top1", "Linear probe"), ("knn_top1", "kNN"))
-        if (bars := _accuracies(summary, TRAINED, key))
+        if (bars := _accuracies(summary.probe, TRAINED, key))
     ]
     if not measured:
         return None
@@ -133,7 +147,7 @@ def probe_bars(summary: Summary) -> Figure | None:
         # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
         # so that no line crosses the label of another.
         bottom = len(bars) - 0.5
-        baselines = sorted(_accuracies(summary, BASELINES, key), key=lambda pair: pair[1])
+        baselines = sorted(_accuracies(summary.probe, BASELINES, key), key=lambda pair: pair[1])
         for row, (name, value) in enumerate(baselines):
             height = -0.8 - 0.62 * row
             axes.plot([value, value], [height - 0.2, bottom], color=INK, linewidth=1, linestyle=_DASHED)
@@ -163,9 +177,11 @@ _SHORT = {
 }
 
 
-def _accuracies(summary: Summary, names: tuple[str, ...], key: str) -> list[tuple[str, float]]:
+def _accuracies(
+    probe: Callable[[str], Probe | None], names: tuple[str, ...], key: str
+) -> list[tuple[str, float]]:
     """(name, percent) of those of `names` that were measured."""
-    values = [(name, getattr(summary.probe(name), key, None)) for name in names]
+    values = [(name, getattr(probe(name), key, None)) for name in names]
     return [(name, 100 * value) for name, value in values if value is not None]
 
 

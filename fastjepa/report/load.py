@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -43,11 +43,16 @@ class Summary:
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
+    along: tuple[Probe, ...] = ()  # the baselines, judged as along the way; empty in older versions
     probe_note: str = ""
 
     def probe(self, name: str) -> Probe | None:
         """The row of that name, if it was measured."""
         return next((probe for probe in self.probes if probe.name == name), None)
+
+    def baseline_along(self, name: str) -> Probe | None:
+        """The same, judged as along the way."""
+        return next((probe for probe in self.along if probe.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,6 @@ def _read_summary(path: Path) -> Summary:
     raw = json.loads(path.read_text())
     if not isinstance(raw, dict):
         raise ValueError("it is no JSON object")
-    rows = raw.get("probe") or []
-    known = Probe.__dataclass_fields__
     return Summary(
         name=raw["name"],
         objective=raw.get("objective", ""),
@@ -155,9 +158,15 @@ def _read_summary(path: Path) -> Summary:
         precision=raw.get("precision", ""),
         device=raw.get("device", ""),
         versions=raw.get("versions") or {},
-        probes=tuple(Probe(**{key: value for key, value in row.items() if key in known}) for row in rows),
+        probes=_probes(raw.get("probe")),
+        along=_probes(raw.get("probe_along")),
         probe_note=raw.get("probe_note") or "",
     )
+
+
+def _probes(rows: list[dict[str, Any]] | None) -> tuple[Probe, ...]:
+    known = Probe.__dataclass_fields__
+    return tuple(Probe(**{key: value for key, value in row.items() if key in known}) for row in rows or [])
 
 
 def _read_snapshot(path: Path) -> Snapshot:

@@ -37,14 +37,42 @@ def verdict(summary: Summary) -> list[str]:
     return [f"The {trained.name} {', and '.join(outcomes)}.", *numbers]
 
 
-def so_far(metrics: Metrics) -> str | None:
+def along_the_way(metrics: Metrics, summary: Summary) -> tuple[Metrics, Metrics]:
+    """The judged rows of along the way, and that of the end, which learns from more images and scores more.
+
+    The latter is known by the accuracies in the summary. Where as many images were taken along the way, there
+    is no difference, and no such row.
+    """
+    judged = [row for row in metrics if any(key in row for key in _MEASURES)]
+    trained = trained_probe(summary)
+    if trained is None or (summary.along and set(summary.along) <= set(summary.probes)):
+        return judged, []
+    is_end = [all(row.get(key) == getattr(trained, key) for key in _MEASURES) for row in judged]
+    return (
+        [row for row, end in zip(judged, is_end, strict=True) if not end],
+        [row for row, end in zip(judged, is_end, strict=True) if end],
+    )
+
+
+def so_far(metrics: Metrics, summary: Summary) -> str | None:
     """The newest judgement of a run that has not ended; None if there is none."""
     judged = [row for row in metrics if any(key in row for key in _MEASURES)]
     if not judged:
         return None
     row = judged[-1]
-    numbers = [f"{measure} {percent(row[key])}" for key, measure in _MEASURES.items() if key in row]
+    numbers = [
+        f"{measure} {percent(row[key])}{_judged_alike(summary, key)}"
+        for key, measure in _MEASURES.items()
+        if key in row
+    ]
     return f"So far, at step {row['step']:,.0f} and judged on fewer images: {', '.join(numbers)}."
+
+
+def _judged_alike(summary: Summary, key: str) -> str:
+    """The baselines on as few images, in brackets."""
+    values = [(name, getattr(summary.baseline_along(name), key, None)) for name in BASELINES]
+    said = [f"{_IN_WORDS[name]} {percent(value)}" for name, value in values if value is not None]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _outcome(trained: Probe, baseline: Probe | None, name: str) -> str | None:

@@ -15,11 +15,15 @@ from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
 from fastjepa.report.times import times
-from fastjepa.report.verdict import so_far, verdict
+from fastjepa.report.verdict import along_the_way, so_far, verdict
 
-_ALONG_THE_WAY = (
-    "Along the way on fewer images than at the end, and so a little lower. Dashed: the baselines, on as many "
-    "as at the end."
+_JUDGED_ALIKE = (
+    "Judged as often as this, probes learn from fewer images than at the end, and all of them score less. "
+    "Dashed: the baselines, judged alike. The result is the one above."
+)
+_JUDGED_ON_MORE = (
+    "Along the way probes learn from fewer images than at the end, and score less by some points for that "
+    "alone. Dashed: the baselines, judged as at the end. So only a point of the end compares with them."
 )
 _SIGNS = tuple(field.name for field in fields(CollapseSigns))
 
@@ -55,7 +59,7 @@ def compose(run_dir: Path) -> Page:
     run = load_run(run_dir)
     status = status_of(run_dir, run)
     sentences = verdict(run.summary)
-    if status.state != "ended" and (news := so_far(run.metrics)):
+    if status.state != "ended" and (news := so_far(run.metrics, run.summary)):
         sentences.append(news)
     return Page(
         run=run,
@@ -97,6 +101,8 @@ def put(page: Page, run_dir: Path, refresh_s: int | None = None) -> Path:
 
 def _curves(run: Run) -> list[Picture]:
     metrics, summary = run.metrics, run.summary
+    judged, _ = along_the_way(metrics, summary)
+    how = _JUDGED_ALIKE if summary.along else _JUDGED_ON_MORE
     pictures = [
         _chart(
             "Loss",
@@ -106,15 +112,15 @@ def _curves(run: Run) -> list[Picture]:
         ),
         _chart(
             "Linear probe over training",
-            _ALONG_THE_WAY,
+            how,
             figures.probe_curve(metrics, summary, "linear_top1"),
-            words.chart(metrics, [("linear_top1", "Top-1 accuracy of the linear probe in %", 100)]),
+            words.chart(judged, [("linear_top1", "Top-1 accuracy of the linear probe in %", 100)]),
         ),
         _chart(
             "kNN over training",
-            _ALONG_THE_WAY,
+            how,
             figures.probe_curve(metrics, summary, "knn_top1"),
-            words.chart(metrics, [("knn_top1", "Top-1 accuracy of kNN in %", 100)]),
+            words.chart(judged, [("knn_top1", "Top-1 accuracy of kNN in %", 100)]),
         ),
         _chart(
             "Effective rank",

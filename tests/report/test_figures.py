@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,30 @@ def test_a_probe_is_drawn_where_it_was_measured_with_its_baselines() -> None:
     x, y = np.array(figure.axes[0].lines[0].get_xydata()).T
     assert x.tolist() == [128 * s for s in range(0, 101, 20)]
     assert y[0] == pytest.approx(70)
+
+
+END = {"step": 110, "images": 14080, "linear_top1": 0.86, "knn_top1": 0.82}  # as the summary has it
+
+
+def test_an_accuracy_of_the_end_is_not_joined_to_those_of_fewer_images() -> None:
+    figure = figures.probe_curve([*METRICS, END], SUMMARY, "linear_top1")
+    assert texts(figure) == ["untrained 74.0", "last 80.0", "raw pixels 83.6", "at the end 86.0"]
+    assert figure is not None
+    along, end = (np.array(line.get_xydata()) for line in figure.axes[0].lines[:2])
+    assert len(along) == 6
+    assert end.tolist() == [[14080, 86]]
+
+
+def test_baselines_judged_as_along_the_way_are_what_a_curve_is_held_against() -> None:
+    along = (Probe("raw pixels", 0.7, 0.79), Probe("untrained encoder", 0.5, 0.70))
+    figure = figures.probe_curve([*METRICS, END], replace(SUMMARY, along=along), "linear_top1")
+    assert texts(figure) == ["untrained 70.0", "raw pixels 79.0", "last 80.0"]
+
+
+def test_where_all_are_judged_alike_the_end_is_a_point_as_any() -> None:
+    alike = replace(SUMMARY, along=SUMMARY.probes[:2])
+    figure = figures.probe_curve([*METRICS, END], alike, "linear_top1")
+    assert texts(figure) == ["untrained 74.0", "raw pixels 83.6", "now 86.0"]
 
 
 def test_limits_of_collapse_are_drawn_with_their_values() -> None:

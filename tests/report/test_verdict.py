@@ -61,6 +61,13 @@ def test_beats_is_said_exactly_when_the_gap_is_more_than_luck(trained: float, pi
 
 
 def test_so_far_is_the_newest_judgement() -> None:
-    assert so_far([{"step": 10, "loss": 1.0}]) is None
+    assert so_far([{"step": 10, "loss": 1.0}], Summary("run")) is None
     rows = [{"step": 10, "knn_top1": 0.5}, {"step": 20, "knn_top1": 0.6}, {"step": 30, "loss": 1.0}]
-    assert so_far(rows) == "So far, at step 20 and judged on fewer images: kNN 60.0\N{NO-BREAK SPACE}%."
+    quick = Summary("run", along=(Probe("raw pixels", 0.55, 0.7), Probe("trained", 0.1, 0.1)))
+    beside = so_far(rows, quick)
+    assert beside is not None
+    assert beside.endswith("kNN 60.0\N{NO-BREAK SPACE}% (raw pixels 55.0\N{NO-BREAK SPACE}%).")
+    assert (
+        so_far(rows, Summary("run"))
+        == "So far, at step 20 and judged on fewer images: kNN 60.0\N{NO-BREAK SPACE}%."
+    )
