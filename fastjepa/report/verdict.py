@@ -21,6 +21,11 @@ def trained_probe(summary: Summary) -> Probe | None:
     return next((probe for name in TRAINED if (probe := summary.probe(name)) is not None), None)
 
 
+def watched_encoder(summary: Summary) -> str:
+    """Whose features curves and pictures are of."""
+    return "encoder" if summary.objective == "mae" else "target encoder"
+
+
 def verdict(summary: Summary) -> list[str]:
     """A first sentence with the outcome against each baseline, then one per measure with the numbers."""
     trained = trained_probe(summary)

@@ -9,13 +9,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
+from fastjepa.evaluation.pictures import share_of_three
 from fastjepa.report import figures, patches, shown, words
 from fastjepa.report.events import events
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
 from fastjepa.report.times import times
-from fastjepa.report.verdict import along_the_way, so_far, verdict
+from fastjepa.report.verdict import along_the_way, percent, so_far, verdict, watched_encoder
 
 _JUDGED_ALIKE = (
     "Judged as often as this, probes learn from fewer images than at the end, and all of them score less. "
@@ -103,10 +104,14 @@ def _curves(run: Run) -> list[Picture]:
     metrics, summary = run.metrics, run.summary
     judged, _ = along_the_way(metrics, summary)
     how = _JUDGED_ALIKE if summary.along else _JUDGED_ON_MORE
+    is_mae, watched = summary.objective == "mae", watched_encoder(summary)
+    ranks = figures.ranks_of(summary)
     pictures = [
         _chart(
             "Loss",
-            "A low loss alone is no sign of learning: a collapsed target is the easiest to predict.",
+            "A low loss alone is no sign of good features: pixels can be painted well with little understood."
+            if is_mae
+            else "A low loss alone is no sign of learning: a collapsed target is the easiest to predict.",
             figures.loss_curve(metrics),
             words.chart(metrics, [("loss", "Loss", 1)]),
         ),
@@ -125,12 +130,12 @@ def _curves(run: Run) -> list[Picture]:
         _chart(
             "Effective rank",
             "RankMe: how many dimensions are in use. Losing half is a warning; height proves nothing.",
-            figures.rank_curve(metrics),
-            words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in figures.RANKS]),
+            figures.rank_curve(metrics, ranks),
+            words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in ranks]),
         ),
         _chart(
             "Spread of the features",
-            "Over all tokens, and between images: below its red line, they look alike to the target encoder.",
+            f"Over all tokens, and between images: below its red line, they look alike to the {watched}.",
             figures.std_curve(metrics),
             words.chart(metrics, [(key, f"Deviation of {name}", 1) for key, name, _ in figures.SPREADS]),
         ),
@@ -162,17 +167,21 @@ def _patches(run: Run) -> list[Picture]:
             f'<span class="chip"><span class="swatch" style="color:{colour}"></span>{i}</span>'
             for i, colour in enumerate(colours, start=1)
         )
-        what = f"Outlined: the blocks to predict, {chips}"
+        what = (
+            f"Outlined: the blocks to predict, {chips}"
+            if len(colours) > 1
+            else "Outlined: what is predicted."
+        )
     masks = Picture(
         "Masks as sampled",
         f"In full: the patches that the context encoder sees. Faded: hidden from it. {what}",
         [figures.to_png(figure) for figure in patches.mask_pictures(last)],
         words.masks(last),
     )
-    return [masks, _features(run.snapshots), *shown.pictures(first, last)]
+    return [masks, _features(run.snapshots, watched_encoder(run.summary)), *shown.pictures(first, last)]
 
 
-def _features(snapshots: list[Snapshot]) -> Picture:
+def _features(snapshots: list[Snapshot], encoder: str) -> Picture:
     title = "Patch features as colours"
     snapshots, reasons = patches.comparable(snapshots)
     left_out = f"Left out: {'; '.join(reasons)}." if reasons else ""
@@ -180,13 +189,19 @@ def _features(snapshots: list[Snapshot]) -> Picture:
         return Picture(title, left_out, [])
     colours = patches.feature_colours(snapshots)
     caption = (
-        "The first three principal components of the target encoder's patch features as red, green and "
-        "blue: within a row, like colours are like features."
+        f"The first three principal components of the {encoder}'s patch features as red, green and blue: "
+        "within a row, like colours are like features. Each is stretched over all of its colour, so vivid "
+        "colours do not say that features differ much; the three hold "
     )
     when = [patches.when(snapshot) for snapshot in snapshots]
+    ends = [(when[0], snapshots[0]), (when[-1], snapshots[-1])][-len(snapshots) :]
+    held = [
+        f"{percent(share_of_three(snapshot.features))} of the variance ({name})" for name, snapshot in ends
+    ]
+    caption += f"{' and '.join(held)}."
     if len(snapshots) > 1:
         agreed = [
-            f"{name} {patches.agreement(row, colours[-1]):.2f}"
+            f"{name}: {patches.agreement(row, colours[-1]):.2f}"
             for name, row in zip(when, colours, strict=True)
         ]
         caption += (

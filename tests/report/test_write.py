@@ -168,6 +168,25 @@ def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     assert "There is no metrics.jsonl" in page.text
 
 
+def test_the_page_of_a_mae_speaks_of_no_target(run_dir: Path) -> None:
+    rows = [
+        row if row["name"] != "trained target encoder" else row | {"name": "trained encoder"} for row in PROBE
+    ]
+    (run_dir / "report" / "summary.json").write_text(
+        json.dumps(SUMMARY | {"objective": "mae", "probe": rows})
+    )
+    for path in (run_dir / "report" / "snapshots").iterdir():
+        tensors = load_file(path)
+        tensors["targets"] = tensors["targets"][:1]
+        save_file(tensors, path, metadata={"grid": "7,7", "step": str(int(path.stem[5:]))})
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"momentum": 0.996, ', ""))
+    page = page_of(run_dir)
+    alts = " ".join(value or "" for name, value in page.attributes if name == "alt")
+    assert "target" not in page.text + alts
+    assert "blocks" not in page.text + alts
+
+
 def test_without_labels_the_note_says_why(run_dir: Path) -> None:
     note = "The images have no labels, so nothing was probed."
     (run_dir / "report" / "summary.json").write_text(json.dumps(SUMMARY | {"probe": [], "probe_note": note}))
