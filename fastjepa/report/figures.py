@@ -58,13 +58,13 @@ def loss_curve(metrics: Metrics) -> Figure | None:
         return None
     figure, axes = _panel(metrics)
     window = max(1, len(loss) // 40)
-    mean = np.convolve(np.pad(loss, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+    mean = _running_mean(loss, window)
     if window > 1:
         axes.plot(x, loss, color=LIGHT_BLUE, linewidth=0.7)
     axes.plot(x, mean, color=BLUE, linewidth=1.6)
     if loss.min() > 0 and loss.max() > 20 * loss.min():
         axes.set_yscale("log")
-    else:
+    elif loss.max() > 0:
         axes.set_ylim(0, 1.05 * loss.max())
     axes.set_ylabel("loss")
     _label_ends(axes, [(mean[-1], f"{mean[-1]:.3g}", BLUE)])
@@ -178,6 +178,7 @@ def probe_bars(summary: Summary) -> Figure | None:
 _SHORT = {
     "raw pixels": "raw pixels",
     "untrained encoder": "untrained",
+    "initial weights": "initial weights",
     "trained encoder": "encoder",
     "trained target encoder": "target",
     "trained context encoder": "context",
@@ -234,6 +235,14 @@ def _stacked(metrics: Metrics, panels: list[tuple[str, str, float]]) -> Figure |
         _images_axis(axes, metrics)
         axes.label_outer()
     return figure
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Of each value and those before it, `window` at most: fewer at the start, to begin where they do."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(0, ends - window)
+    return np.asarray((sums[ends] - sums[begins]) / (ends - begins))
 
 
 def _panel(metrics: Metrics) -> tuple[Figure, Axes]:

@@ -44,6 +44,7 @@ class Summary:
     versions: dict[str, str] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
     along: tuple[Probe, ...] = ()  # the baselines, judged as along the way; empty in older versions
+    judged_images: int | None = None  # that the accuracies are of
     probe_note: str = ""
 
     def probe(self, name: str) -> Probe | None:
@@ -159,9 +160,16 @@ def _read_summary(path: Path) -> Summary:
         device=raw.get("device", ""),
         versions=raw.get("versions") or {},
         probes=_probes(raw.get("probe")),
+        judged_images=_judged_images(raw.get("judge")),
         along=_probes(raw.get("probe_along")),
         probe_note=raw.get("probe_note") or "",
     )
+
+
+def _judged_images(judge: dict[str, Any] | None) -> int | None:
+    if not judge or "final_queries" not in judge:
+        return None
+    return int(min(judge["final_queries"], judge.get("images") or judge["final_queries"]))
 
 
 def _probes(rows: list[dict[str, Any]] | None) -> tuple[Probe, ...]:

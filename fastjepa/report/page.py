@@ -88,7 +88,7 @@ def _head(page: Page) -> str:
     parts += [f"<p>{escape(sentence)}</p>" for sentence in page.verdict[1:]]
     if run.summary.probe_note:
         parts.append(f'<p class="muted">{escape(run.summary.probe_note)}</p>')
-    parts.append(_tiles(run))
+    parts.append(_tiles(page))
     return "\n".join(parts)
 
 
@@ -155,8 +155,9 @@ def _subtitle(page: Page) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _tiles(run: Run) -> str:
+def _tiles(page: Page) -> str:
     """The numbers to remember, as far as there are any."""
+    run = page.run
     summary, trained = run.summary, trained_probe(run.summary)
     tiles: list[tuple[str, str]] = []
     if trained is not None and trained.linear_top1 is not None:
@@ -169,8 +170,9 @@ def _tiles(run: Run) -> str:
         tiles.append((duration(train_s), "training time"))
         if images:
             tiles.append((f"{images / train_s:,.0f}", "images / s, whole run"))
-    if (wait := _mean(run, "data_wait_fraction")) is not None:
-        tiles.append((percent(wait), "of the time waiting for data"))
+    spent = {part.name: part.seconds for part in page.times}
+    if "waiting for data" in spent and (steps_s := spent["training"] + spent["waiting for data"]):
+        tiles.append((percent(spent["waiting for data"] / steps_s), "of training time waiting for data"))
     if (tokens := _mean(run, "context_tokens")) is not None:
         tiles.append((f"{tokens:.1f}", "context tokens per image"))
     if not tiles:

@@ -1,14 +1,18 @@
 """What the probes say in words: generated from the numbers, so that no win is claimed that is not there."""
 
+from fastjepa.evaluation.intervals import two_proportions
 from fastjepa.report.load import Metrics, Probe, Summary
 
 TRAINED = ("trained target encoder", "trained context encoder", "trained encoder")  # the last of MAE
-BASELINES = ("raw pixels", "untrained encoder")
-# Two accuracies on 10,000 test images differ by 0.5 points or more by luck alone about one time in three.
-TIE_POINTS = 0.5
+BASELINES = ("raw pixels", "untrained encoder", "initial weights")  # the last where a run was given some
+_USUAL_IMAGES = 10_000  # that they were judged on, where an older version did not note it
 
 _MEASURES = {"linear_top1": "linear probe", "knn_top1": "kNN"}
-_IN_WORDS = {"raw pixels": "raw pixels", "untrained encoder": "an untrained encoder"}
+_IN_WORDS = {
+    "raw pixels": "raw pixels",
+    "untrained encoder": "an untrained encoder",
+    "initial weights": "the weights it began with",
+}
 
 
 def percent(fraction: float) -> str:
@@ -31,7 +35,7 @@ def verdict(summary: Summary) -> list[str]:
     trained = trained_probe(summary)
     if trained is None:
         return ["The trained encoder has not been probed."]
-    outcomes = [words for name in BASELINES if (words := _outcome(trained, summary.probe(name), name))]
+    outcomes = [words for name in BASELINES if (words := _outcome(trained, summary, name))]
     if not outcomes:
         return [f"The {trained.name} has no baseline to be compared with."]
     numbers = [
@@ -80,14 +84,24 @@ def _judged_alike(summary: Summary, key: str) -> str:
     return f" ({', '.join(said)})" if said else ""
 
 
-def _outcome(trained: Probe, baseline: Probe | None, name: str) -> str | None:
+def differ(one: float, other: float, summary: Summary) -> bool:
+    """Whether two accuracies on the images judged differ by more than luck, at 95 %.
+
+    Tested as if the images were not the same, which asks for a little more than if each were compared.
+    """
+    count = summary.judged_images or _USUAL_IMAGES
+    return two_proportions((round(one * count), round(other * count)), (count, count)).differs
+
+
+def _outcome(trained: Probe, summary: Summary, name: str) -> str | None:
     """By which measures the baseline is beaten, and by which not; None if there is none of both."""
+    baseline = summary.probe(name)
     won: list[str] = []
     lost: list[str] = []
     for key, measure in _MEASURES.items():
         value, other = getattr(trained, key), getattr(baseline, key, None)
         if value is not None and other is not None:
-            (won if 100 * (value - other) >= TIE_POINTS else lost).append(measure)
+            (won if value > other and differ(value, other, summary) else lost).append(measure)
     if not won and not lost:
         return None
     if not won:
@@ -100,11 +114,13 @@ def _gaps(value: float, summary: Summary, key: str) -> str:
     gaps = []
     for name in BASELINES:
         other = getattr(summary.probe(name), key, None)
+        if other is None and name == "initial weights":
+            continue
         if other is None:
             gaps.append(f"{_IN_WORDS[name]} not measured")
             continue
         points = 100 * (value - other)
         side = "above" if points > 0 else "below"
-        gap = "level with" if abs(points) < TIE_POINTS else f"{abs(points):.1f} points {side}"
+        gap = f"{abs(points):.1f} points {side}" if differ(value, other, summary) else "level with"
         gaps.append(f"{gap} {_IN_WORDS[name]} ({percent(other)})")
     return ", ".join(gaps)

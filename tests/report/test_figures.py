@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +114,23 @@ def test_letters_are_read_on_a_phone() -> None:
         pixels_per_point = 333 / figure.get_figwidth() / 72
         shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text() and t.get_visible()]
         assert min(float(text.get_fontsize()) * pixels_per_point for text in shown) >= 12
+
+
+def test_a_running_mean_begins_where_the_loss_does() -> None:
+    """It is of what there is, and of 1 in 40 values later: no first value counts many times."""
+    losses = [10.0] + [1.0] * 399
+    metrics: Metrics = [{"step": n, "images": n, "loss": loss} for n, loss in enumerate(losses)]
+    figure = figures.loss_curve(metrics)
+    assert figure is not None
+    mean = np.array(figure.axes[0].lines[1].get_ydata())
+    assert mean[0] == pytest.approx(10)
+    assert mean[9] == pytest.approx(1.9)
+    assert mean[10:] == pytest.approx(1)
+
+
+def test_a_loss_of_nothing_is_drawn() -> None:
+    with warnings.catch_warnings(action="error"):
+        assert figures.loss_curve([{"step": 1, "loss": 0.0}, {"step": 2, "loss": 0.0}]) is not None
 
 
 def test_to_png_gives_a_png() -> None:

@@ -52,6 +52,21 @@ def test_an_unreadable_summary_is_named(tmp_path: Path, text: str) -> None:
     assert any("report/summary.json cannot be read" in note for note in run.notes)
 
 
+@pytest.mark.parametrize(
+    ("judge", "count"),
+    [
+        ({"final_queries": 10_000, "images": 50}, 50),
+        ({"final_queries": 40, "images": 50}, 40),
+        ({"final_queries": 40}, 40),
+        (None, None),
+    ],
+)
+def test_how_many_images_were_judged(tmp_path: Path, judge: object, count: int | None) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "summary.json").write_text(json.dumps({"name": "run", "judge": judge}))
+    assert load_run(tmp_path).summary.judged_images == count
+
+
 def test_snapshots_come_by_step_and_broken_ones_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "report" / "snapshots"
     folder.mkdir(parents=True)

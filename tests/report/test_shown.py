@@ -7,8 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastjepa.evaluation.showing import Neighbours, Predictions, Showing
+from fastjepa.evaluation.showing import Attended, Neighbours, Predictions, Showing
 from fastjepa.report import shown
+from fastjepa.report.attention import attention_pictures
 from fastjepa.report.figures import to_png
 from fastjepa.report.load import Snapshot
 from fastjepa.report.neighbours import name_of, neighbour_pictures
@@ -35,6 +36,20 @@ def test_a_predictor_that_diverged_before_the_target_has_its_picture(bad: int) -
     assert picture.title == "What the predictor predicts"
     assert len(picture.pngs) == 1
     assert "nan" not in picture.caption + picture.alt
+
+
+@pytest.mark.parametrize("high", [0.5, 2.04, 2.56, 17.0, float("nan")])
+def test_the_scale_of_attention_names_its_end(high: float) -> None:
+    shares = torch.full((2, 2, 9), high).half()
+    view = Attended(shares, shares, torch.zeros(2, 0, 9).half(), torch.tensor(4))
+    last = snapshot(Showing(attended=view))
+    for figure in attention_pictures(last, view):
+        figure.draw_without_rendering()
+        bar = figure.axes[-1]
+        low, end = bar.get_xlim()
+        shown = [float(label.get_text()) for label in bar.get_xticklabels()]
+        assert (shown[0], shown[-1]) == (low, end)
+        assert not high > end
 
 
 def texts(figure: Figure) -> list[str]:
