@@ -22,7 +22,7 @@ def neighbour_pictures(snapshot: Snapshot, near: Neighbours) -> list[Figure]:
         titles = ("image", "nearest", *(f"{i}" for i in range(2, k + 1)))[: 1 + k]
         sheet = panels(
             2 * len(chosen), 1 + k, images.shape[1] / images.shape[2],
-            titles=titles, left_in=0.18, has_text=is_labelled, wider_after=(0,),
+            titles=titles, left_in=0.22, has_text=is_labelled, wider_after=(0,),
         )  # fmt: skip
         for number, image in enumerate(chosen):
             label = int(near.labels[image])

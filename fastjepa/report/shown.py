@@ -106,7 +106,7 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     start = first.showing.painted
     before = "" if start is None or first.step == last.step else f" ({_mean(start.correlation)} at the start)"
     caption = (
-        f"What the decoder paints where the encoder does not see. {given}. Agreement: the correlation of the "
+        f"What the decoder paints where the encoder does not see. {given}. Match: the correlation of the "
         f"pixels painted and the true ones in each patch, {_mean(view.correlation)} on the average{before}; "
         f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches of one grey "
         "are left out. Sharp pixels are not what makes features good, nor blurred ones what makes them bad."

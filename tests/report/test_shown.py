@@ -4,15 +4,19 @@ import warnings
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
-from fastjepa.evaluation.showing import Attended, Neighbours, Predictions, Showing
+from fastjepa.evaluation.showing import Attended, Neighbours, Painted, Predictions, Retrieved, Showing
 from fastjepa.report import shown
 from fastjepa.report.attention import attention_pictures
 from fastjepa.report.figures import to_png
 from fastjepa.report.load import Snapshot
 from fastjepa.report.neighbours import name_of, neighbour_pictures
+from fastjepa.report.painting import painting_pictures
+from fastjepa.report.predictions import example_picture, prediction_pictures, retrieval_pictures
 
 TARGETS = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])  # [M, n, P]
 
@@ -50,6 +54,48 @@ def test_the_scale_of_attention_names_its_end(high: float) -> None:
         shown = [float(label.get_text()) for label in bar.get_xticklabels()]
         assert (shown[0], shown[-1]) == (low, end)
         assert not high > end
+
+
+def written(figure: Figure) -> list[Text]:
+    words: list[Text] = []
+    for axes in figure.axes:
+        words += [*axes.texts, axes.title]
+        if axes.axison:
+            words += [axes.xaxis.label, *axes.get_xticklabels()]
+    return [text for text in words if text.get_text()]
+
+
+def test_letters_of_pictures_are_read_on_a_phone_and_whole() -> None:
+    """A picture is 333 pixels wide where the page is 375. Names of classes may be smaller, to have room."""
+    share = torch.full((2, 2, 9), 1.5).half()
+    half = torch.full((2, 2, 2), 0.5).half()
+    filled = torch.zeros(2, 1, 12, 12, dtype=torch.uint8)
+    retrieved = Retrieved(
+        filled, filled, filled,
+        example_image=torch.tensor([0, 1]), example_block=torch.tensor([0, 1]),
+        example_place=torch.tensor([0, 6]), examples=torch.zeros(2, 7, 1, 12, 12, dtype=torch.uint8),
+    )  # fmt: skip
+    painted = Painted(filled, filled, torch.tensor(True), half[0], half[0])
+    attended = Attended(share, share, share, torch.tensor(4))
+    last = snapshot(Showing())
+    drawn = [
+        *prediction_pictures(last, predictions(half), TARGETS),
+        *retrieval_pictures(last, retrieved, TARGETS),
+        example_picture(retrieved),
+        *painting_pictures(last, painted, TARGETS[0]),
+        *attention_pictures(last, attended),
+    ]
+    for figure in drawn:
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        pixels_per_point = 333 / figure.get_figwidth() / 72
+        for text in written(figure):
+            assert float(text.get_fontsize()) * pixels_per_point >= 12
+            box, page = text.get_window_extent(), figure.bbox
+            assert box.x0 >= page.x0 - 1, text
+            assert box.x1 <= page.x1 + 1, text
+            assert box.y0 >= page.y0 - 1, text
+            assert box.y1 <= page.y1 + 1, text
 
 
 def texts(figure: Figure) -> list[str]:
