@@ -11,6 +11,23 @@ from fastjepa.report.status import Status
 from fastjepa.report.times import Part
 from fastjepa.report.verdict import TRAINED, percent, trained_probe
 
+# For those who have not seen such a page before.
+_TRAINED_TO = {
+    "jepa": (
+        "An encoder of images, trained without labels: from the part of an image that it sees, it is to "
+        "predict what a copy of itself that follows slowly, the target encoder, says of the hidden parts."
+    ),
+    "mae": (
+        "An encoder of images, trained without labels: from the part of an image that it sees, the hidden "
+        "parts are to be painted."
+    ),
+}
+_JUDGED_BY = (
+    "What it has learned is judged by classes it was never told: by a linear classifier on its features "
+    "(linear probe), and by the nearest images that have labels (kNN). It is to beat raw pixels and itself "
+    "untrained."
+)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -81,6 +98,9 @@ def _refresh(refresh_s: int | None) -> str:
 def _head(page: Page) -> str:
     run = page.run
     parts = [f"<h1>{escape(run.summary.name)}</h1>", f'<p class="muted">{escape(_subtitle(page))}</p>']
+    if run.summary.objective in _TRAINED_TO:
+        judged = f" {_JUDGED_BY}" if run.summary.probes else ""
+        parts.append(f"<p>{_TRAINED_TO[run.summary.objective]}{judged}</p>")
     parts.append(_status(page))
     if page.warning is not None:
         parts.append(f'<p class="warning"><b>Warning:</b> {escape(page.warning)}</p>')

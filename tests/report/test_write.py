@@ -127,6 +127,7 @@ def test_a_finished_run_has_every_part(run_dir: Path) -> None:
     ]
     assert "The snapshot of step 100 has none of it" in page.text
     assert "shoes & <shirts>" in page.text
+    assert "trained without labels: from the part of an image that it sees, it is to predict" in page.text
     assert "size: tiny  # <- & more" in page.text
     assert "beats raw pixels by linear probe and kNN" in page.text
     assert "Warning" not in page.text
