@@ -16,7 +16,7 @@ from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
 from fastjepa.report.times import times
-from fastjepa.report.verdict import along_the_way, percent, so_far, verdict, watched_encoder
+from fastjepa.report.verdict import along_the_way, percent, so_far, trained_probe, verdict, watched_encoder
 
 _JUDGED_ALIKE = (
     "Judged as often as this, probes learn from fewer images than at the end, and all of them score less. "
@@ -60,6 +60,9 @@ def compose(run_dir: Path) -> Page:
     run = load_run(run_dir)
     status = status_of(run_dir, run)
     sentences = verdict(run.summary)
+    if status.state != "ended" and run.summary.steps and trained_probe(run.summary) is not None:
+        ended = f"At step {run.summary.steps:,}, where the run had ended before it was taken up again: "
+        sentences[0] = ended + sentences[0][0].lower() + sentences[0][1:]
     if status.state != "ended" and (news := so_far(run.metrics, run.summary)):
         sentences.append(news)
     return Page(

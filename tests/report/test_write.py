@@ -163,6 +163,16 @@ def test_a_run_still_going_says_what_is_missing(run_dir: Path) -> None:
     assert {"Loss", "Masks as sampled", "Patch features as colours"} <= set(page.headings)
 
 
+def test_a_verdict_from_before_a_run_was_taken_up_again_says_so(run_dir: Path) -> None:
+    (run_dir / "report" / "summary.json").write_text(json.dumps(SUMMARY | {"planned_steps": 200}))
+    row = {"step": 120, "images": 15360, "linear_top1": 0.75}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    text = page_of(run_dir).text
+    assert "At step 100, where the run had ended before it was taken up again: the trained target" in text
+    assert "So far, at step 120" in text
+
+
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert page.headings == []
