@@ -22,6 +22,7 @@ INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
 BLUE, LIGHT_BLUE, RED, GREEN = "#17669b", "#6ea0c4", "#b8432f", "#2b7f5c"
 WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
 FONT = 9.5  # points: 12 pixels or more where the page is 375 wide and a picture 333
+_NARROW = 16  # percent: a bar below has no room for its number
 _DASHED = (0, (4, 3))
 
 # Lines of the charts: key, name, colour; or key, name, factor.
@@ -150,7 +151,8 @@ def probe_bars(summary: Summary) -> Figure | None:
         for y, (name, value) in enumerate(bars):
             bar, ink = (BLUE, "white") if name == TRAINED[0] else (LIGHT_BLUE, INK)
             axes.barh(y, value, height=0.66, color=bar)
-            axes.text(1.5, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
+            at, ink = (1.5, ink) if value >= _NARROW else (value + 1.5, INK)
+            axes.text(at, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
         # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
         # so that no line crosses the label of another.
         bottom = len(bars) - 0.5

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -114,6 +115,20 @@ def test_letters_are_read_on_a_phone() -> None:
         pixels_per_point = 333 / figure.get_figwidth() / 72
         shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text() and t.get_visible()]
         assert min(float(text.get_fontsize()) * pixels_per_point for text in shown) >= 12
+
+
+@pytest.mark.parametrize("value", [0.001, 0.1, 0.159, 0.17, 0.9])
+def test_the_number_of_a_bar_is_inside_it_or_beside_it(value: float) -> None:
+    """White on white is not read."""
+    figure = figures.probe_bars(Summary("run", probes=(Probe("trained target encoder", linear_top1=value),)))
+    assert figure is not None
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (bar,), (number,) = axes.patches, axes.texts
+    begin, end = bar.get_window_extent().x0, bar.get_window_extent().x1
+    box = number.get_window_extent()
+    assert (begin < box.x0 and box.x1 < end) or (end < box.x0 and number.get_color() == figures.INK)
 
 
 def test_a_running_mean_begins_where_the_loss_does() -> None:
