@@ -27,7 +27,7 @@ _DASHED = (0, (4, 3))
 
 # Lines of the charts: key, name, colour; or key, name, factor.
 RANKS = [
-    ("token_rankme", "target tokens", BLUE),
+    ("token_rankme", "tokens", BLUE),
     ("rankme", "pooled images", INK),
     ("prediction_rankme", "predictions", GREEN),
 ]
@@ -101,18 +101,11 @@ def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
     return figure
 
 
-def ranks_of(summary: Summary) -> list[tuple[str, str, str]]:
-    """`RANKS`; a MAE has no target encoder whose tokens they could be."""
-    if summary.objective != "mae":
-        return RANKS
-    return [(key, "tokens" if key == "token_rankme" else name, colour) for key, name, colour in RANKS]
-
-
-def rank_curve(metrics: Metrics, lines: list[tuple[str, str, str]] = RANKS) -> Figure | None:
+def rank_curve(metrics: Metrics) -> Figure | None:
     """RankMe of tokens, of predictions and of pooled images, and the limit of the first."""
     _, rank = series(metrics, "token_rankme")
     limits = [(RANKME_FALL * rank[0], "tokens")] if len(rank) else []
-    return _watched(metrics, lines, "RankMe, dimensions", limits)
+    return _watched(metrics, RANKS, "RankMe, dimensions", limits)
 
 
 def std_curve(metrics: Metrics) -> Figure | None:

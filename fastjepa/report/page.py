@@ -143,7 +143,7 @@ def _sections(page: Page) -> list[tuple[str, str, str]]:
     run = page.run
     bars = "" if page.bars is None else _figure(page.bars)
     numbers = _table(run.summary.probes) if run.summary.probes else ""
-    events = "".join(f'<p class="status">{escape(event)}</p>' for event in page.events)
+    events = "".join(f'<p class="event">{escape(event)}</p>' for event in page.events)
     curves = f'<div class="curves">{"".join(map(_figure, page.curves))}</div>' if page.curves else ""
     missing = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     config = f"<details><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"

@@ -108,7 +108,6 @@ def _curves(run: Run) -> list[Picture]:
     judged, _ = along_the_way(metrics, summary)
     how = _JUDGED_ALIKE if summary.along else _JUDGED_ON_MORE
     is_mae, watched = summary.objective == "mae", watched_encoder(summary)
-    ranks = figures.ranks_of(summary)
     pictures = [
         _chart(
             "Loss",
@@ -132,9 +131,9 @@ def _curves(run: Run) -> list[Picture]:
         ),
         _chart(
             "Effective rank",
-            "RankMe: how many dimensions are in use. Losing half is a warning; height proves nothing.",
-            figures.rank_curve(metrics, ranks),
-            words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in ranks]),
+            f"RankMe: dimensions that the {watched} uses. Losing half is a warning; height proves nothing.",
+            figures.rank_curve(metrics),
+            words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in figures.RANKS]),
         ),
         _chart(
             "Spread of the features",
