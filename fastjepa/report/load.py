@@ -2,6 +2,7 @@
 unreadable is said in `Run.notes`, in words for the page, and never stops the report."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,8 +174,14 @@ def _judged_images(judge: dict[str, Any] | None) -> int | None:
 
 
 def _probes(rows: list[dict[str, Any]] | None) -> tuple[Probe, ...]:
-    known = Probe.__dataclass_fields__
-    return tuple(Probe(**{key: value for key, value in row.items() if key in known}) for row in rows or [])
+    """Without what is no number: NaN is read by Python, whatever wrote it."""
+    known = [key for key in Probe.__dataclass_fields__ if key != "name"]
+    return tuple(
+        Probe(
+            row["name"], **{key: row[key] for key in known if math.isfinite(row.get(key) or 0) and key in row}
+        )
+        for row in rows or []
+    )
 
 
 def _read_snapshot(path: Path) -> Snapshot:

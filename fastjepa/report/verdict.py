@@ -64,9 +64,9 @@ def along_the_way(metrics: Metrics, summary: Summary) -> tuple[Metrics, Metrics]
 
 
 def so_far(metrics: Metrics, summary: Summary) -> str | None:
-    """The newest judgement of a run that has not ended; None if there is none."""
-    judged = [row for row in metrics if any(key in row for key in _MEASURES)]
-    if not judged:
+    """The newest judgement of a run that has not ended; None if there is none, or it is the verdict's own."""
+    judged, ends = along_the_way(metrics, summary)
+    if not judged or (ends and ends[-1]["step"] > judged[-1]["step"]):
         return None
     row = judged[-1]
     numbers = [

@@ -67,6 +67,15 @@ def test_how_many_images_were_judged(tmp_path: Path, judge: object, count: int |
     assert load_run(tmp_path).summary.judged_images == count
 
 
+def test_an_accuracy_that_is_no_number_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "summary.json").write_text(
+        '{"name": "run", "probe": [{"name": "raw pixels", "knn_top1": NaN, "linear_top1": 0.5}]}'
+    )
+    (probe,) = load_run(tmp_path).summary.probes
+    assert (probe.knn_top1, probe.linear_top1) == (None, 0.5)
+
+
 def test_snapshots_come_by_step_and_broken_ones_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "report" / "snapshots"
     folder.mkdir(parents=True)

@@ -90,6 +90,15 @@ def test_a_run_that_was_given_weights_is_held_against_them() -> None:
     assert "began" not in " ".join(verdict(Summary("run", probes=(probes[0], probes[1], probes[3]))))
 
 
+def test_the_end_of_a_run_taken_up_again_is_not_told_twice() -> None:
+    ended = Summary("run", probes=(Probe("trained encoder", knn_top1=0.7),))
+    rows = [{"step": 10, "knn_top1": 0.5}, {"step": 20, "knn_top1": 0.7}]
+    assert so_far(rows, ended) is None
+    newer = so_far([*rows, {"step": 30, "knn_top1": 0.6}], ended)
+    assert newer is not None
+    assert newer.startswith("So far, at step 30")
+
+
 def test_so_far_is_the_newest_judgement() -> None:
     assert so_far([{"step": 10, "loss": 1.0}], Summary("run")) is None
     rows = [{"step": 10, "knn_top1": 0.5}, {"step": 20, "knn_top1": 0.6}, {"step": 30, "loss": 1.0}]
