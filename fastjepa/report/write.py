@@ -19,7 +19,7 @@ from fastjepa.report.times import times
 from fastjepa.report.verdict import along_the_way, percent, so_far, trained_probe, verdict, watched_encoder
 
 _JUDGED_ALIKE = (
-    "Judged as often as this, probes learn from fewer images than at the end, and all of them score less. "
+    "Judged as often as this, probes learn from fewer images than at the end, and mostly score less. "
     "Dashed: the baselines, judged alike. The result is the one above."
 )
 _JUDGED_ON_MORE = (
