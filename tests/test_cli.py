@@ -1,6 +1,8 @@
 """The `fastjepa` command."""
 
+import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,6 +202,22 @@ def test_a_reader_that_is_gone(run: Path, tmp_path: Path, unbuffered: str) -> No
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not a folder")
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing_half_written(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastjepa.cli", "report", str(tmp_path)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),  # as a drive with no room
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"error: cannot write the report in {tmp_path / 'report'}: File too large; ")
+    assert list((tmp_path / "report").iterdir()) == []
 
 
 @pytest.mark.parametrize(

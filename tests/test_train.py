@@ -81,6 +81,17 @@ def test_ends_are_judged_where_that_is_wanted(train: "Trainer") -> None:
     assert probed == ["raw pixels", "untrained encoder", "trained target encoder", "trained context encoder"]
 
 
+def test_baselines_are_judged_as_along_the_way_too(train: "Trainer") -> None:
+    train(
+        "optim.steps=5", "probe.every_steps=5", "probe.at_ends=true", "probe.bank=30", "probe.queries=40"
+    ).check()
+    summary = json.loads((train.run / "report" / "summary.json").read_text())
+    along, full = summary["probe_along"], summary["probe"][:2]
+    assert [row["name"] for row in along] == ["raw pixels", "untrained encoder"]
+    assert all((40 * row["knn_top1"]).is_integer() for row in along)
+    assert along[0]["rankme"] < full[0]["rankme"]  # of fewer images
+
+
 def test_piped_output_is_plain_lines_of_the_run_alone(finished: "tuple[Trainer, Finished]") -> None:
     _, process = finished
     assert process.err == ""

@@ -1,6 +1,8 @@
 """`fastjepa report`: write the report of a run folder again, or keep it up with a run that is going."""
 
 import argparse
+import errno
+import signal
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,17 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return refuse(error)
+        return refuse(_said(error, options.run))
     return 0
+
+
+def _said(error: OSError, run_dir: Path) -> str:
+    """What is wrong, and what to do: our own words, or those of the system about a file that was written."""
+    if error.errno is None:
+        return str(error)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free space there" if is_full else "let this user write there, or copy the run to where it may"
+    return f"cannot write the report in {run_dir / 'report'}: {error.strerror}; {remedy}"
 
 
 def _watch(run_dir: Path, every_s: int) -> int:
@@ -45,6 +56,7 @@ def _watch(run_dir: Path, every_s: int) -> int:
     from fastjepa.report.watch import watch_report
 
     said = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page must not stay live
     try:
         with closing(watch_report(run_dir, every_s)) as pages:
             for path, status in pages:

@@ -92,20 +92,19 @@ class Judge:
             config.data.max_bad_fraction,
         )
 
-    def pixels(self) -> Verdict:
-        """Judge the raw pixels, of views no larger than 32 x 32."""
-        probe, size = self.probe, min(self.size, PIXEL_SIZE)
+    def pixels(self, quick: bool = False) -> Verdict:
+        """Judge the raw pixels, of views no larger than 32 x 32; `quick` takes fewer images."""
+        bank, queries = self._counts(quick)
+        size = min(self.size, PIXEL_SIZE)
         return self._judge(
             RAW_PIXELS,
-            self._pixels(self._batches(self.bank, probe.final_bank, size)),
-            self._pixels(self._batches(self.queries, probe.final_queries, size)),
+            self._pixels(self._batches(self.bank, bank, size)),
+            self._pixels(self._batches(self.queries, queries, size)),
         )
 
     def encoder(self, name: str, encoder: VisionTransformer, quick: bool = False) -> Verdict:
         """Judge the mean-pooled tokens of an encoder; `quick` takes fewer images."""
-        probe = self.probe
-        bank = probe.bank if quick else probe.final_bank
-        queries = probe.queries if quick else probe.final_queries
+        bank, queries = self._counts(quick)
         first = int(encoder.shape.class_token)  # patches only
 
         @torch.no_grad()
@@ -126,6 +125,17 @@ class Judge:
         pixels = f"; raw pixels are views of {PIXEL_SIZE} x {PIXEL_SIZE}" if self.size > PIXEL_SIZE else ""
         k = self.probe.neighbours
         return f"kNN of {k} cosine neighbours and a linear probe, both on standardised features{pixels}"
+
+    @property
+    def quick_is_full(self) -> bool:
+        """Whether as many images are taken along the way as at the ends."""
+        return self._counts(quick=True) == self._counts(quick=False)
+
+    def _counts(self, quick: bool) -> tuple[int, int]:
+        """How many images a probe learns from, and how many it is judged on."""
+        probe = self.probe
+        wanted = (probe.bank, probe.queries) if quick else (probe.final_bank, probe.final_queries)
+        return min(wanted[0], len(self.bank)), min(wanted[1], len(self.queries))
 
     def _pixels(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         features, labels = pixel_features(batches)

@@ -79,9 +79,9 @@ class Judgement:
         first_time = not self.summary
         self.console.say(self.images.note if self.config.probe.at_ends else self._note)
         try:
-            verdicts = []
+            verdicts, along = list[Verdict](), list[Verdict]()
             if self.judge_of_ends is not None:
-                verdicts = self._baselines(self.judge_of_ends, start, first_time)
+                verdicts, along = self._baselines(self.judge_of_ends, start, first_time)
             if first_time:
                 context, target = model.encoder, model.target_encoder if isinstance(model, JEPA) else None
                 head = model.predictor if isinstance(model, JEPA) else model.decoder
@@ -95,10 +95,14 @@ class Judgement:
             for verdict in verdicts:
                 self.console.show_verdict(0, verdict)
             self.summary["probe"] = [verdict.as_row() for verdict in verdicts]
+            self.summary["probe_along"] = [verdict.as_row() for verdict in along]
         self.summary["judge"] = self._judge_settings()
         self._write_summary()
 
-    def _baselines(self, judge: Judge, start: VisionTransformer, first_time: bool) -> list[Verdict]:
+    def _baselines(
+        self, judge: Judge, start: VisionTransformer, first_time: bool
+    ) -> tuple[list[Verdict], list[Verdict]]:
+        """As judged at the ends, and as along the way: with fewer images to learn from, all score less."""
         verdicts = [judge.pixels()]
         is_given = self.config.run.init_from is not None
         is_untrained = first_time and not is_given
@@ -106,7 +110,12 @@ class Judgement:
         verdicts.append(judge.encoder(UNTRAINED, untrained))
         if first_time and is_given:
             verdicts.append(judge.encoder("initial weights", start))
-        return verdicts
+        if not self.config.probe.every_steps or judge.quick_is_full:
+            return verdicts, verdicts
+        along = [judge.pixels(quick=True), judge.encoder(UNTRAINED, untrained, quick=True)]
+        if first_time and is_given:
+            along.append(judge.encoder("initial weights", start, quick=True))
+        return verdicts, along
 
     def _judge_settings(self) -> dict[str, Any]:
         """What rows of one table must have in common."""

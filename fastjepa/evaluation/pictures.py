@@ -46,6 +46,18 @@ def patch_pca(features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]
     return [_to_unit_range(time).float().unflatten(0, (-1, *grid)) for time in turned]  # [n, h, w, 3]
 
 
+@torch.no_grad()
+def share_of_three(features: Tensor) -> float:
+    """How much of the variance of patch features [n, N, D] their first three components hold, 0 to 1.
+
+    0 where nothing varies.
+    """
+    rows = features.double().flatten(0, 1)  # [n*N, D]
+    rows = rows - rows.mean(dim=0)
+    variances = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0)  # [D], ascending
+    return float(variances[-3:].sum() / variances.sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+
 def _three_components(rows: Tensor) -> Tensor:
     """Scores [r, 3] of rows [r, D] on their first components, of unit deviation, larger tail positive."""
     size = rows.abs().max()

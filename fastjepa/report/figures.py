@@ -6,6 +6,7 @@ lays several side by side on a wider screen. A function returns None when there 
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,18 +15,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fastjepa.evaluation.collapse import BETWEEN_IMAGES_FALL, RANKME_FALL, TARGET_STD_LOW
-from fastjepa.report.load import Metrics, Summary
-from fastjepa.report.verdict import BASELINES, TRAINED
+from fastjepa.report.load import Metrics, Probe, Summary
+from fastjepa.report.verdict import BASELINES, TRAINED, along_the_way
 
 INK, MUTED, FAINT = "#1f2933", "#66707c", "#e3e7eb"
 BLUE, LIGHT_BLUE, RED, GREEN = "#17669b", "#6ea0c4", "#b8432f", "#2b7f5c"
 WIDTH_IN, HEIGHT_IN, DPI = 3.6, 2.5, 220
 FONT = 9.5  # points: 12 pixels or more where the page is 375 wide and a picture 333
+_NARROW = 16  # percent: a bar below has no room for its number
 _DASHED = (0, (4, 3))
 
 # Lines of the charts: key, name, colour; or key, name, factor.
 RANKS = [
-    ("token_rankme", "target tokens", BLUE),
+    ("token_rankme", "tokens", BLUE),
     ("rankme", "pooled images", INK),
     ("prediction_rankme", "predictions", GREEN),
 ]
@@ -57,13 +59,13 @@ def loss_curve(metrics: Metrics) -> Figure | None:
         return None
     figure, axes = _panel(metrics)
     window = max(1, len(loss) // 40)
-    mean = np.convolve(np.pad(loss, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+    mean = _running_mean(loss, window)
     if window > 1:
         axes.plot(x, loss, color=LIGHT_BLUE, linewidth=0.7)
     axes.plot(x, mean, color=BLUE, linewidth=1.6)
     if loss.min() > 0 and loss.max() > 20 * loss.min():
         axes.set_yscale("log")
-    else:
+    elif loss.max() > 0:
         axes.set_ylim(0, 1.05 * loss.max())
     axes.set_ylabel("loss")
     _label_ends(axes, [(mean[-1], f"{mean[-1]:.3g}", BLUE)])
@@ -71,14 +73,27 @@ def loss_curve(metrics: Metrics) -> Figure | None:
 
 
 def probe_curve(metrics: Metrics, summary: Summary, key: str) -> Figure | None:
-    """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed."""
-    x, y = series(metrics, key)
-    if len(x) == 0:
+    """One probe's accuracy (`linear_top1` or `knn_top1`) over images seen, with its baselines dashed.
+
+    The baselines are those judged as along the way. A run of an older version has only those of the end, and
+    beside them, not joined to the others, the accuracy at the end, of as many images.
+    """
+    along, end = along_the_way(metrics, summary)
+    lines = [(along, "now" if not end else "last", BLUE, "o")]
+    if not summary.along:
+        lines.append((end, "at the end", INK, "D"))
+    if not any(len(series(rows, key)[0]) for rows, *_ in lines):
         return None
     figure, axes = _panel(metrics)
-    axes.plot(x, 100 * y, color=BLUE, linewidth=1.6, marker="o", markersize=3.5)
-    labels = [(100 * y[-1], f"now {100 * y[-1]:.1f}", BLUE)]
-    for name, value in _accuracies(summary, BASELINES, key):
+    labels = []
+    for rows, name, colour, marker in lines:
+        x, y = series(rows, key)
+        if len(x) == 0:
+            continue
+        axes.plot(x, 100 * y, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+        labels.append((100 * y[-1], f"{name} {100 * y[-1]:.1f}", colour))
+    named = summary.baseline_along if summary.along else summary.probe
+    for name, value in _accuracies(named, BASELINES, key):
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=_DASHED)
         labels.append((value, f"{_SHORT[name]} {value:.1f}", INK))
     axes.set_ylabel("top-1 accuracy, %")
@@ -117,7 +132,7 @@ def probe_bars(summary: Summary) -> Figure | None:
     measured = [
         (key, title, bars)
         for key, title in (("linear_top1", "Linear probe"), ("knn_top1", "kNN"))
-        if (bars := _accuracies(summary, TRAINED, key))
+        if (bars := _accuracies(summary.probe, TRAINED, key))
     ]
     if not measured:
         return None
@@ -129,11 +144,12 @@ def probe_bars(summary: Summary) -> Figure | None:
         for y, (name, value) in enumerate(bars):
             bar, ink = (BLUE, "white") if name == TRAINED[0] else (LIGHT_BLUE, INK)
             axes.barh(y, value, height=0.66, color=bar)
-            axes.text(1.5, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
+            at, ink = (1.5, ink) if value >= _NARROW else (value + 1.5, INK)
+            axes.text(at, y, f"{value:.1f}", va="center", color=ink, weight="bold", fontsize=FONT)
         # y grows downwards. The labels stand above the bars; the leftmost line gets the lowest label,
         # so that no line crosses the label of another.
         bottom = len(bars) - 0.5
-        baselines = sorted(_accuracies(summary, BASELINES, key), key=lambda pair: pair[1])
+        baselines = sorted(_accuracies(summary.probe, BASELINES, key), key=lambda pair: pair[1])
         for row, (name, value) in enumerate(baselines):
             height = -0.8 - 0.62 * row
             axes.plot([value, value], [height - 0.2, bottom], color=INK, linewidth=1, linestyle=_DASHED)
@@ -157,15 +173,18 @@ def probe_bars(summary: Summary) -> Figure | None:
 _SHORT = {
     "raw pixels": "raw pixels",
     "untrained encoder": "untrained",
+    "initial weights": "initial weights",
     "trained encoder": "encoder",
     "trained target encoder": "target",
     "trained context encoder": "context",
 }
 
 
-def _accuracies(summary: Summary, names: tuple[str, ...], key: str) -> list[tuple[str, float]]:
+def _accuracies(
+    probe: Callable[[str], Probe | None], names: tuple[str, ...], key: str
+) -> list[tuple[str, float]]:
     """(name, percent) of those of `names` that were measured."""
-    values = [(name, getattr(summary.probe(name), key, None)) for name in names]
+    values = [(name, getattr(probe(name), key, None)) for name in names]
     return [(name, 100 * value) for name, value in values if value is not None]
 
 
@@ -211,6 +230,14 @@ def _stacked(metrics: Metrics, panels: list[tuple[str, str, float]]) -> Figure |
         _images_axis(axes, metrics)
         axes.label_outer()
     return figure
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Of each value and those before it, `window` at most: fewer at the start, to begin where they do."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(0, ends - window)
+    return np.asarray((sums[ends] - sums[begins]) / (ends - begins))
 
 
 def _panel(metrics: Metrics) -> tuple[Figure, Axes]:

@@ -2,10 +2,11 @@
 unreadable is said in `Run.notes`, in words for the page, and never stops the report."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -43,11 +44,17 @@ class Summary:
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
+    along: tuple[Probe, ...] = ()  # the baselines, judged as along the way; empty in older versions
+    judged_images: int | None = None  # that the accuracies are of
     probe_note: str = ""
 
     def probe(self, name: str) -> Probe | None:
         """The row of that name, if it was measured."""
         return next((probe for probe in self.probes if probe.name == name), None)
+
+    def baseline_along(self, name: str) -> Probe | None:
+        """The same, judged as along the way."""
+        return next((probe for probe in self.along if probe.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,8 @@ def _read_metrics(path: Path) -> tuple[Metrics, int]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+            step = int(row["step"] + 0)  # a number, and not the text of one
+        except (ValueError, TypeError, KeyError, OverflowError):
             torn = number == len(lines) and not text.endswith("\n")
             bad_lines += not torn
         else:
@@ -140,8 +147,8 @@ def _read_metrics(path: Path) -> tuple[Metrics, int]:
 
 def _read_summary(path: Path) -> Summary:
     raw = json.loads(path.read_text())
-    rows = raw.get("probe") or []
-    known = Probe.__dataclass_fields__
+    if not isinstance(raw, dict):
+        raise ValueError("it is no JSON object")
     return Summary(
         name=raw["name"],
         objective=raw.get("objective", ""),
@@ -153,8 +160,27 @@ def _read_summary(path: Path) -> Summary:
         precision=raw.get("precision", ""),
         device=raw.get("device", ""),
         versions=raw.get("versions") or {},
-        probes=tuple(Probe(**{key: value for key, value in row.items() if key in known}) for row in rows),
+        probes=_probes(raw.get("probe")),
+        judged_images=_judged_images(raw.get("judge")),
+        along=_probes(raw.get("probe_along")),
         probe_note=raw.get("probe_note") or "",
+    )
+
+
+def _judged_images(judge: dict[str, Any] | None) -> int | None:
+    if not judge or "final_queries" not in judge:
+        return None
+    return int(min(judge["final_queries"], judge.get("images") or judge["final_queries"]))
+
+
+def _probes(rows: list[dict[str, Any]] | None) -> tuple[Probe, ...]:
+    """Without what is no number: NaN is read by Python, whatever wrote it."""
+    known = [key for key in Probe.__dataclass_fields__ if key != "name"]
+    return tuple(
+        Probe(
+            row["name"], **{key: row[key] for key in known if math.isfinite(row.get(key) or 0) and key in row}
+        )
+        for row in rows or []
     )
 
 

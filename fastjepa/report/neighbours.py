@@ -1,6 +1,7 @@
 """The images that features find alike, beside those that pixels do."""
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from fastjepa.evaluation.showing import Neighbours
@@ -21,7 +22,7 @@ def neighbour_pictures(snapshot: Snapshot, near: Neighbours) -> list[Figure]:
         titles = ("image", "nearest", *(f"{i}" for i in range(2, k + 1)))[: 1 + k]
         sheet = panels(
             2 * len(chosen), 1 + k, images.shape[1] / images.shape[2],
-            titles=titles, left_in=0.18, has_text=is_labelled, wider_after=(0,),
+            titles=titles, left_in=0.22, has_text=is_labelled, wider_after=(0,),
         )  # fmt: skip
         for number, image in enumerate(chosen):
             label = int(near.labels[image])
@@ -59,6 +60,9 @@ def same_label(near: Neighbours) -> tuple[float, float, float]:
 
 
 def name_of(label: int, names: tuple[str, ...]) -> str:
-    """Of a class, cut to what has room under a picture; its number where it has no name."""
-    name = names[label] if 0 <= label < len(names) else str(label)
+    """Of a class, cut to what has room under a picture; its number where it has none that can be written."""
+    name = names[label] if 0 <= label < len(names) else ""
+    font = get_font(findfont("DejaVu Sans"))  # comes with matplotlib, and lacks the letters of many languages
+    if not name or not all(font.get_char_index(ord(letter)) for letter in name):
+        return str(label)
     return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"

@@ -11,6 +11,23 @@ from fastjepa.report.status import Status
 from fastjepa.report.times import Part
 from fastjepa.report.verdict import TRAINED, percent, trained_probe
 
+# For those who have not seen such a page before.
+_TRAINED_TO = {
+    "jepa": (
+        "An encoder of images, trained without labels: from the part of an image that it sees, it is to "
+        "predict what a copy of itself that follows slowly, the target encoder, says of the hidden parts."
+    ),
+    "mae": (
+        "An encoder of images, trained without labels: from the part of an image that it sees, the hidden "
+        "parts are to be painted."
+    ),
+}
+_JUDGED_BY = (
+    "What it has learned is judged by classes it was never told: by a linear classifier on its features "
+    "(linear probe), and by the nearest images that have labels (kNN). It is to beat raw pixels and itself "
+    "untrained."
+)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -38,6 +55,7 @@ class Page:
     warning: str | None
     verdict: list[str]
     bars: Picture | None
+    events: list[str]  # what befell the run besides training
     curves: list[Picture]
     times: list[Part]
     patches: list[Picture]
@@ -80,6 +98,9 @@ def _refresh(refresh_s: int | None) -> str:
 def _head(page: Page) -> str:
     run = page.run
     parts = [f"<h1>{escape(run.summary.name)}</h1>", f'<p class="muted">{escape(_subtitle(page))}</p>']
+    if run.summary.objective in _TRAINED_TO:
+        judged = f" {_JUDGED_BY}" if run.summary.probes else ""
+        parts.append(f"<p>{_TRAINED_TO[run.summary.objective]}{judged}</p>")
     parts.append(_status(page))
     if page.warning is not None:
         parts.append(f'<p class="warning"><b>Warning:</b> {escape(page.warning)}</p>')
@@ -87,7 +108,7 @@ def _head(page: Page) -> str:
     parts += [f"<p>{escape(sentence)}</p>" for sentence in page.verdict[1:]]
     if run.summary.probe_note:
         parts.append(f'<p class="muted">{escape(run.summary.probe_note)}</p>')
-    parts.append(_tiles(run))
+    parts.append(_tiles(page))
     return "\n".join(parts)
 
 
@@ -108,7 +129,7 @@ def _status(page: Page) -> str:
     else:
         words = (
             f"<b>Broken off:</b> no process trains here any more, and the last row is of {at}. "
-            "The same command resumes it from its newest checkpoint."
+            "What it printed last says why. The same command resumes it from its newest checkpoint."
         )
     bar = ""
     if status.planned:
@@ -122,6 +143,7 @@ def _sections(page: Page) -> list[tuple[str, str, str]]:
     run = page.run
     bars = "" if page.bars is None else _figure(page.bars)
     numbers = _table(run.summary.probes) if run.summary.probes else ""
+    events = "".join(f'<p class="event">{escape(event)}</p>' for event in page.events)
     curves = f'<div class="curves">{"".join(map(_figure, page.curves))}</div>' if page.curves else ""
     missing = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
     config = f"<details><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
@@ -131,7 +153,7 @@ def _sections(page: Page) -> list[tuple[str, str, str]]:
             "What the encoder learned",
             f'<div class="wide">{bars}{numbers}</div>' if numbers else "",
         ),
-        ("training", "How training went", curves),
+        ("training", "How training went", events + curves),
         ("time", "Where the time went", _times(page.times)),
         ("pictures", "What it sees", "".join(map(_figure, page.patches))),
         ("missing", "What is missing", f"<ul>{missing}</ul>" if missing else ""),
@@ -153,8 +175,9 @@ def _subtitle(page: Page) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _tiles(run: Run) -> str:
+def _tiles(page: Page) -> str:
     """The numbers to remember, as far as there are any."""
+    run = page.run
     summary, trained = run.summary, trained_probe(run.summary)
     tiles: list[tuple[str, str]] = []
     if trained is not None and trained.linear_top1 is not None:
@@ -167,8 +190,9 @@ def _tiles(run: Run) -> str:
         tiles.append((duration(train_s), "training time"))
         if images:
             tiles.append((f"{images / train_s:,.0f}", "images / s, whole run"))
-    if (wait := _mean(run, "data_wait_fraction")) is not None:
-        tiles.append((percent(wait), "of the time waiting for data"))
+    spent = {part.name: part.seconds for part in page.times}
+    if "waiting for data" in spent and (steps_s := spent["training"] + spent["waiting for data"]):
+        tiles.append((percent(spent["waiting for data"] / steps_s), "of training time waiting for data"))
     if (tokens := _mean(run, "context_tokens")) is not None:
         tiles.append((f"{tokens:.1f}", "context tokens per image"))
     if not tiles:

@@ -22,7 +22,7 @@ def painting_pictures(snapshot: Snapshot, painted: Painted, hidden: Tensor) -> l
         hidden: int64 [n, P].
     """
     given = "its mean\nalone" if painted.is_normalised else "mean of\nthe seen"
-    titles = ("image", "seen", "painted", given, "agreement")
+    titles = ("image", "seen", "painted", given, "match")
     images, made, left = (rgb(some) for some in (snapshot.images, painted.painted, painted.given))
     agreement = painted.correlation.float().numpy()  # [n, P]
     figures = []
@@ -39,7 +39,7 @@ def painting_pictures(snapshot: Snapshot, painted: Painted, hidden: Tensor) -> l
             heat(row[4], images[image], cells, AGREEMENT, _SCALE)
             if np.isfinite(cells).any():
                 under(row[4], f"{np.nanmean(cells):.2f}".replace("-", "\N{MINUS SIGN}"))
-        words = "correlation of pixels: 0 for a blank patch, 1 exact"
+        words = "correlation: 1 exact, 0 a blank patch"
         sheet.scale(AGREEMENT, _SCALE, words, [-1, -0.5, 0, 0.5, 1])
         figures.append(sheet.figure)
     return figures

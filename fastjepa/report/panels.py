@@ -9,13 +9,15 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from fastjepa.report.figures import BLUE, INK, MUTED, RED, WIDTH_IN
+from fastjepa.report.figures import BLUE, FONT, INK, MUTED, RED, WIDTH_IN
 from fastjepa.report.patches import outline
 
 AGREEMENT = LinearSegmentedColormap.from_list("agreement", [RED, "#f4f4f2", BLUE])  # -1, 0, 1
 VEIL = (0.67, 0.72, 0.77)  # neither black nor white, which both occur inside images
-_GAP_IN, _TEXT_IN, _BAR_IN = 0.05, 0.14, 0.34
-_SIZE = 7.0
+_GAP_IN, _TEXT_IN, _BAR_IN = 0.05, 0.17, 0.44
+_LINE_IN = 0.15  # of a title
+_LETTER = 0.5  # of its size, is about how wide a letter is
+_SMALLEST = 7.0  # points: of a name that has no room at `FONT`
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,15 @@ class Panels:
         axes = self.axes[row, 0]
         axes.text(
             -0.06, 0.5, name, transform=axes.transAxes, rotation=90, ha="right", va="center",
-            size=_SIZE, color=colour,
+            size=FONT, color=colour,
         )  # fmt: skip
 
     def scale(self, colours: Colormap, norm: Normalize, words: str, ticks: list[float]) -> None:
         """A bar below all panels."""
-        bar = self.figure.add_axes((0.14, 0.25 / self.height_in, 0.72, 0.07 / self.height_in))
+        bar = self.figure.add_axes((0.14, 0.36 / self.height_in, 0.72, 0.07 / self.height_in))
         self.figure.colorbar(ScalarMappable(norm, colours), cax=bar, orientation="horizontal", ticks=ticks)
-        bar.tick_params(labelsize=_SIZE, length=2, pad=1, color=MUTED, labelcolor=MUTED)
-        bar.set_xlabel(words, size=_SIZE, color=MUTED, labelpad=1)
+        bar.tick_params(labelsize=FONT, length=2, pad=1, color=MUTED, labelcolor=MUTED)
+        bar.set_xlabel(words, size=FONT, color=MUTED, labelpad=1)
 
 
 def panels(
@@ -63,7 +65,7 @@ def panels(
         has_scale: leaves room for `Panels.scale`.
         wider_after: columns with a wider gap behind them.
     """
-    top_in = (0.05 + 0.11 * max(title.count("\n") + 1 for title in titles)) if titles else 0.0
+    top_in = (0.05 + _LINE_IN * max(title.count("\n") + 1 for title in titles)) if titles else 0.0
     below_in = _GAP_IN + _TEXT_IN * has_text
     bottom_in = _BAR_IN + 0.05 if has_scale else 0.0
     wide_in = 0.12
@@ -80,7 +82,7 @@ def panels(
             axes[row, column] = figure.add_axes(box)
             axes[row, column].set_axis_off()
             if row == 0 and titles:
-                axes[0, column].set_title(titles[column], size=_SIZE, color=INK, pad=2, linespacing=1.05)
+                axes[0, column].set_title(titles[column], size=FONT, color=INK, pad=2, linespacing=1.05)
     return Panels(figure, axes, height_in)
 
 
@@ -107,8 +109,13 @@ def heat(
 
 
 def under(axes: Axes, words: str, colour: str = MUTED) -> None:
-    """A line under a panel."""
-    axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", size=_SIZE, color=colour)
+    """A line under a panel, as it stands: names of classes may have dollars, and are no formulas."""
+    room = 72 * axes.get_position().width * WIDTH_IN / (_LETTER * max(1, len(words)))  # points
+    size = min(FONT, max(_SMALLEST, room))
+    axes.text(
+        0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", size=size, color=colour,
+        parse_math=False,
+    )  # fmt: skip
 
 
 def frame(axes: Axes, block: np.ndarray, colour: str, width: float = 1.4) -> None:

@@ -25,11 +25,28 @@ def mask_pictures(snapshot: Snapshot) -> list[Figure]:
     return [_mask_row(snapshot, images, chosen) for chosen in _rows_of_images(len(images))]
 
 
-def feature_colours(snapshots: list[Snapshot]) -> list[np.ndarray]:
-    """Patch features as colours, [n, h, w, 3] for each snapshot, those of the last as its basis.
+def comparable(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[str]]:
+    """The snapshots whose features can stand under one another, and why the others cannot, in words.
 
-    Raises:
-        ValueError: the snapshots differ in images or grid, or features are not finite.
+    They show the images of the last one with finite features.
+    """
+    finite = [snapshot for snapshot in snapshots if snapshot.features.isfinite().all()]
+    kept, reasons = [], []
+    for snapshot in snapshots:
+        if not snapshot.features.isfinite().all():
+            reasons.append(f"{when(snapshot)}, whose features are not finite: the run had diverged")
+        elif snapshot.grid != finite[-1].grid or not snapshot.images.equal(finite[-1].images):
+            reasons.append(f"{when(snapshot)}, which is of other images or patches than {when(finite[-1])}")
+        else:
+            kept.append(snapshot)
+    return kept, reasons
+
+
+def feature_colours(snapshots: list[Snapshot]) -> list[np.ndarray]:
+    """Patch features as colours, [n, h, w, 3] for each snapshot, turned to agree with the last.
+
+    Args:
+        snapshots: as `comparable` leaves them, at least one.
     """
     return [colours.numpy() for colours in patch_pca([s.features for s in snapshots], snapshots[0].grid)]
 

@@ -49,9 +49,13 @@ def prediction_pictures(snapshot: Snapshot, predictions: Predictions, targets: T
             for axes, image in zip(sheet.axes[1 + block], chosen, strict=False):
                 cells = on_grid(there[image], values[image], snapshot.grid)
                 heat(axes, images[image], cells, colours, norm)
-                frame(axes, ~np.isnan(cells), colour)
-                under(axes, f"{values[image].mean():.2f}".replace("-", "\N{MINUS SIGN}"))
-        sheet.scale(colours, norm, "0: no better than the mean of the place; 1: exact", ticks)
+                block_of = np.zeros(snapshot.grid, dtype=bool)
+                block_of.flat[there[image]] = True
+                frame(axes, block_of, colour)
+                mean = float(values[image].mean())
+                words = f"{mean:.2f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(mean) else "not finite"
+                under(axes, words)
+        sheet.scale(colours, norm, "1: exact; 0: as near as the mean", ticks)
         figures.append(sheet.figure)
     return figures
 
@@ -60,10 +64,10 @@ def retrieval_pictures(snapshot: Snapshot, retrieved: Retrieved, targets: Tensor
     """Images with their hidden patches filled from the bank, four to a figure, a row for each."""
     titles = (
         "image",
-        "not to be\npredicted",
-        "nearest to\nprediction",
-        "nearest to\ntrue target",
-        "nearest to\nmean target",
+        "not\nhidden",
+        "by\nprediction",
+        "by true\ntarget",
+        "by mean\ntarget",
     )
     images = rgb(snapshot.images)
     filled = [rgb(some) for some in (retrieved.by_prediction, retrieved.by_target, retrieved.by_mean)]
@@ -86,7 +90,7 @@ def example_picture(retrieved: Retrieved) -> Figure:
     """One patch of each block amid its surroundings, and the bank patches nearest to it."""
     k = (retrieved.examples.shape[1] - 1) // 2
     titles = ["hidden"] + [""] * (2 * k)
-    titles[1 + k // 2], titles[1 + k + k // 2] = "nearest to prediction", "nearest to true target"
+    titles[1 + k // 2], titles[1 + k + k // 2] = "by prediction", "by true target"
     sheet = panels(len(retrieved.examples), 1 + 2 * k, titles=tuple(titles), wider_after=(0, k))
     middle = np.zeros((3, 3), dtype=bool)
     middle[1, 1] = True
@@ -106,7 +110,7 @@ def colour_of(block: int) -> str:
 
 def _sheet(rows: int, snapshot: Snapshot, has_text: bool) -> Panels:
     tall = snapshot.images.shape[2] / snapshot.images.shape[3]
-    return panels(rows, 4, tall, left_in=0.18, has_text=has_text, has_scale=True)
+    return panels(rows, 4, tall, left_in=0.22, has_text=has_text, has_scale=True)
 
 
 def _tall(images: np.ndarray) -> float:
@@ -118,7 +122,8 @@ def _scale_of(values: np.ndarray) -> tuple[Colormap, Normalize, list[float]]:
 
     The few below have the colour of the lower end.
     """
-    low = math.floor(10 * float(np.quantile(values, 0.05))) / 10
+    finite = values[np.isfinite(values)]  # a predictor may diverge before the target encoder does
+    low = math.floor(10 * float(np.quantile(finite, 0.05))) / 10 if finite.size else -1.0
     if low <= 0:
         return AGREEMENT, Normalize(-1, 1), [-1, -0.5, 0, 0.5, 1]
     low = min(low, 0.9)

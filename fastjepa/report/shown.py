@@ -1,5 +1,7 @@
 """What the last snapshot of a run shows besides masks and features, and the words beside it."""
 
+import math
+
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def _painted(first: Snapshot, last: Snapshot) -> Picture | None:
     start = first.showing.painted
     before = "" if start is None or first.step == last.step else f" ({_mean(start.correlation)} at the start)"
     caption = (
-        f"What the decoder paints where the encoder does not see. {given}. Agreement: the correlation of the "
+        f"What the decoder paints where the encoder does not see. {given}. Match: the correlation of the "
         f"pixels painted and the true ones in each patch, {_mean(view.correlation)} on the average{before}; "
         f"the mean patch of the place over other images reaches {_mean(view.of_mean)}. Patches of one grey "
         "are left out. Sharp pixels are not what makes features good, nor blurred ones what makes them bad."
@@ -163,7 +165,8 @@ def _attended(last: Snapshot) -> Picture | None:
 
 def _mean(values: Tensor) -> str:
     """To two digits; places without a value are left out."""
-    return f"{float(values.float().nanmean()):.2f}".replace("-", "\N{MINUS SIGN}")
+    mean = float(values.float().nanmean())
+    return f"{mean:.2f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(mean) else "no number"
 
 
 def _drawn(title: str, caption: str, drawn: list[Figure], alt: str) -> Picture:

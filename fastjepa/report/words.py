@@ -38,8 +38,9 @@ def masks(snapshot: Snapshot) -> str:
     if snapshot.targets is None:
         return f"{text}; the others are veiled."
     blocks, _, patches = snapshot.targets.shape
+    what = "blocks" if blocks > 1 else "block"
     return (
-        f"{text}; the others are veiled, and outlines show {blocks} blocks of {patches} patches to predict."
+        f"{text}; the others are veiled, and outlines show {blocks} {what} of {patches} patches to predict."
     )
 
 

@@ -4,22 +4,27 @@ import os
 import re
 import time
 from dataclasses import fields
-from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from fastjepa.evaluation.collapse import CollapseSigns, collapse_warning
+from fastjepa.evaluation.pictures import share_of_three
 from fastjepa.report import figures, patches, shown, words
+from fastjepa.report.events import events
 from fastjepa.report.load import Run, Snapshot, load_run
 from fastjepa.report.page import Page, Picture, render
 from fastjepa.report.status import status_of
 from fastjepa.report.times import times
-from fastjepa.report.verdict import so_far, verdict
+from fastjepa.report.verdict import along_the_way, percent, so_far, trained_probe, verdict, watched_encoder
 
-_ALONG_THE_WAY = (
-    "Along the way on fewer images than at the end, and so a little lower. Dashed: the baselines, on as many "
-    "as at the end."
+_JUDGED_ALIKE = (
+    "Judged as often as this, probes learn from fewer images than at the end, and mostly score less. "
+    "Dashed: the baselines, judged alike. The result is the one above."
+)
+_JUDGED_ON_MORE = (
+    "Along the way probes learn from fewer images than at the end, and score less by some points for that "
+    "alone. Dashed: the baselines, judged as at the end. So only a point of the end compares with them."
 )
 _SIGNS = tuple(field.name for field in fields(CollapseSigns))
 
@@ -55,7 +60,10 @@ def compose(run_dir: Path) -> Page:
     run = load_run(run_dir)
     status = status_of(run_dir, run)
     sentences = verdict(run.summary)
-    if status.state != "ended" and (news := so_far(run.metrics)):
+    if status.state != "ended" and run.summary.steps and trained_probe(run.summary) is not None:
+        ended = f"At step {run.summary.steps:,}, where the run had ended before it was taken up again: "
+        sentences[0] = ended + sentences[0][0].lower() + sentences[0][1:]
+    if status.state != "ended" and (news := so_far(run.metrics, run.summary)):
         sentences.append(news)
     return Page(
         run=run,
@@ -70,6 +78,7 @@ def compose(run_dir: Path) -> Page:
             figures.probe_bars(run.summary),
             words.bars(run.summary),
         ),
+        events=events(run.metrics),
         curves=_curves(run),
         times=times(run),
         patches=_patches(run),
@@ -96,34 +105,39 @@ def put(page: Page, run_dir: Path, refresh_s: int | None = None) -> Path:
 
 def _curves(run: Run) -> list[Picture]:
     metrics, summary = run.metrics, run.summary
+    judged, _ = along_the_way(metrics, summary)
+    how = _JUDGED_ALIKE if summary.along else _JUDGED_ON_MORE
+    is_mae, watched = summary.objective == "mae", watched_encoder(summary)
     pictures = [
         _chart(
             "Loss",
-            "A low loss alone is no sign of learning: a collapsed target is the easiest to predict.",
+            "A low loss alone is no sign of good features: pixels can be painted well with little understood."
+            if is_mae
+            else "A low loss alone is no sign of learning: a collapsed target is the easiest to predict.",
             figures.loss_curve(metrics),
             words.chart(metrics, [("loss", "Loss", 1)]),
         ),
         _chart(
             "Linear probe over training",
-            _ALONG_THE_WAY,
+            how,
             figures.probe_curve(metrics, summary, "linear_top1"),
-            words.chart(metrics, [("linear_top1", "Top-1 accuracy of the linear probe in %", 100)]),
+            words.chart(judged, [("linear_top1", "Top-1 accuracy of the linear probe in %", 100)]),
         ),
         _chart(
             "kNN over training",
-            _ALONG_THE_WAY,
+            how,
             figures.probe_curve(metrics, summary, "knn_top1"),
-            words.chart(metrics, [("knn_top1", "Top-1 accuracy of kNN in %", 100)]),
+            words.chart(judged, [("knn_top1", "Top-1 accuracy of kNN in %", 100)]),
         ),
         _chart(
             "Effective rank",
-            "RankMe: how many dimensions are in use. Losing half is a warning; height proves nothing.",
+            f"RankMe: dimensions that the {watched} uses. Losing half is a warning; height proves nothing.",
             figures.rank_curve(metrics),
             words.chart(metrics, [(key, f"RankMe of {name}", 1) for key, name, _ in figures.RANKS]),
         ),
         _chart(
             "Spread of the features",
-            "Over all tokens, and between images: below its red line, they look alike to the target encoder.",
+            f"Over all tokens, and between images: below its red line, they look alike to the {watched}.",
             figures.std_curve(metrics),
             words.chart(metrics, [(key, f"Deviation of {name}", 1) for key, name, _ in figures.SPREADS]),
         ),
@@ -155,30 +169,41 @@ def _patches(run: Run) -> list[Picture]:
             f'<span class="chip"><span class="swatch" style="color:{colour}"></span>{i}</span>'
             for i, colour in enumerate(colours, start=1)
         )
-        what = f"Outlined: the blocks to predict, {chips}"
+        what = (
+            f"Outlined: the blocks to predict, {chips}"
+            if len(colours) > 1
+            else "Outlined: what is predicted."
+        )
     masks = Picture(
         "Masks as sampled",
         f"In full: the patches that the context encoder sees. Faded: hidden from it. {what}",
         [figures.to_png(figure) for figure in patches.mask_pictures(last)],
         words.masks(last),
     )
-    return [masks, _features(run.snapshots), *shown.pictures(first, last)]
+    return [masks, _features(run.snapshots, watched_encoder(run.summary)), *shown.pictures(first, last)]
 
 
-def _features(snapshots: list[Snapshot]) -> Picture:
+def _features(snapshots: list[Snapshot], encoder: str) -> Picture:
     title = "Patch features as colours"
-    try:
-        colours = patches.feature_colours(snapshots)
-    except ValueError as error:  # a diverged run, or snapshots of other images
-        return Picture(title, f"Cannot be drawn: {escape(str(error))}.", [])
+    snapshots, reasons = patches.comparable(snapshots)
+    left_out = f"Left out: {'; '.join(reasons)}." if reasons else ""
+    if not snapshots:
+        return Picture(title, left_out, [])
+    colours = patches.feature_colours(snapshots)
     caption = (
-        "The first three principal components of the target encoder's patch features as red, green and "
-        "blue: within a row, like colours are like features."
+        f"The first three principal components of the {encoder}'s patch features as red, green and blue: "
+        "within a row, like colours are like features. Each is stretched over all of its colour, so vivid "
+        "colours do not say that features differ much; the three hold "
     )
     when = [patches.when(snapshot) for snapshot in snapshots]
+    ends = [(when[0], snapshots[0]), (when[-1], snapshots[-1])][-len(snapshots) :]
+    held = [
+        f"{percent(share_of_three(snapshot.features))} of the variance ({name})" for name, snapshot in ends
+    ]
+    caption += f"{' and '.join(held)}."
     if len(snapshots) > 1:
         agreed = [
-            f"{name} {patches.agreement(row, colours[-1]):.2f}"
+            f"{name}: {patches.agreement(row, colours[-1]):.2f}"
             for name, row in zip(when, colours, strict=True)
         ]
         caption += (
@@ -187,6 +212,8 @@ def _features(snapshots: list[Snapshot]) -> Picture:
             "be followed down the rows (mean correlation with the last row, 1 at most): "
             f"{', '.join(agreed[:-1])}."
         )
+    if left_out:
+        caption += f" {left_out}"
     drawn = patches.feature_pictures(snapshots, colours)
     return Picture(
         title, caption, [figures.to_png(figure) for figure in drawn], words.features(snapshots, when)

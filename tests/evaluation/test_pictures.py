@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.evaluation import patch_pca
+from fastjepa.evaluation.pictures import share_of_three
 
 GRID = (7, 7)
 
@@ -25,6 +26,14 @@ def test_colours_fill_the_unit_range(features: Tensor) -> None:
     for channel in picture.unbind(-1):
         assert channel.min() == 0
         assert channel.max() == 1
+
+
+def test_the_share_of_three_components() -> None:
+    axes = torch.eye(5)[:, None] * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0])[:, None, None]  # [5, 1, 5]
+    z = torch.cat([axes, -axes])
+    assert share_of_three(z.half()) == pytest.approx(14 / 16)
+    assert share_of_three(z[..., :3]) == pytest.approx(1)
+    assert share_of_three(torch.ones(2, 4, 5)) == 0
 
 
 @settings(deadline=None)

@@ -203,6 +203,8 @@ def test_pages_say_what_became_of_the_run(phone_or_desk: Any, pages: dict[str, P
     assert " of 100,000, about " in said["live"]
     assert said["killed"].startswith("Broken off: ")
     assert said["diverged"].startswith("Broken off: ")
+    events = phone_or_desk.locator(".event").all_inner_texts()  # of the page of the last, which has diverged
+    assert events[-1].startswith("The run has diverged: ")
 
 
 def test_a_live_page_loads_itself_again_and_stays_where_it_was(

@@ -1,7 +1,11 @@
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -55,6 +59,30 @@ def test_a_probe_is_drawn_where_it_was_measured_with_its_baselines() -> None:
     assert y[0] == pytest.approx(70)
 
 
+END = {"step": 110, "images": 14080, "linear_top1": 0.86, "knn_top1": 0.82}  # as the summary has it
+
+
+def test_an_accuracy_of_the_end_is_not_joined_to_those_of_fewer_images() -> None:
+    figure = figures.probe_curve([*METRICS, END], SUMMARY, "linear_top1")
+    assert texts(figure) == ["untrained 74.0", "last 80.0", "raw pixels 83.6", "at the end 86.0"]
+    assert figure is not None
+    along, end = (np.array(line.get_xydata()) for line in figure.axes[0].lines[:2])
+    assert len(along) == 6
+    assert end.tolist() == [[14080, 86]]
+
+
+def test_baselines_judged_as_along_the_way_are_what_a_curve_is_held_against() -> None:
+    along = (Probe("raw pixels", 0.7, 0.79), Probe("untrained encoder", 0.5, 0.70))
+    figure = figures.probe_curve([*METRICS, END], replace(SUMMARY, along=along), "linear_top1")
+    assert texts(figure) == ["untrained 70.0", "raw pixels 79.0", "last 80.0"]
+
+
+def test_where_all_are_judged_alike_the_end_is_a_point_as_any() -> None:
+    alike = replace(SUMMARY, along=SUMMARY.probes[:2])
+    figure = figures.probe_curve([*METRICS, END], alike, "linear_top1")
+    assert texts(figure) == ["untrained 74.0", "raw pixels 83.6", "now 86.0"]
+
+
 def test_limits_of_collapse_are_drawn_with_their_values() -> None:
     assert "tokens < 10" in texts(figures.rank_curve(METRICS))
     assert "tokens < 0.1" in texts(figures.std_curve(METRICS))
@@ -87,6 +115,37 @@ def test_letters_are_read_on_a_phone() -> None:
         pixels_per_point = 333 / figure.get_figwidth() / 72
         shown = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text() and t.get_visible()]
         assert min(float(text.get_fontsize()) * pixels_per_point for text in shown) >= 12
+
+
+@pytest.mark.parametrize("value", [0.001, 0.1, 0.159, 0.17, 0.9])
+def test_the_number_of_a_bar_is_inside_it_or_beside_it(value: float) -> None:
+    """White on white is not read."""
+    figure = figures.probe_bars(Summary("run", probes=(Probe("trained target encoder", linear_top1=value),)))
+    assert figure is not None
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (bar,), (number,) = axes.patches, axes.texts
+    begin, end = bar.get_window_extent().x0, bar.get_window_extent().x1
+    box = number.get_window_extent()
+    assert (begin < box.x0 and box.x1 < end) or (end < box.x0 and number.get_color() == figures.INK)
+
+
+def test_a_running_mean_begins_where_the_loss_does() -> None:
+    """It is of what there is, and of 1 in 40 values later: no first value counts many times."""
+    losses = [10.0] + [1.0] * 399
+    metrics: Metrics = [{"step": n, "images": n, "loss": loss} for n, loss in enumerate(losses)]
+    figure = figures.loss_curve(metrics)
+    assert figure is not None
+    mean = np.array(figure.axes[0].lines[1].get_ydata())
+    assert mean[0] == pytest.approx(10)
+    assert mean[9] == pytest.approx(1.9)
+    assert mean[10:] == pytest.approx(1)
+
+
+def test_a_loss_of_nothing_is_drawn() -> None:
+    with warnings.catch_warnings(action="error"):
+        assert figures.loss_curve([{"step": 1, "loss": 0.0}, {"step": 2, "loss": 0.0}]) is not None
 
 
 def test_to_png_gives_a_png() -> None:

@@ -29,11 +29,12 @@ def test_a_torn_last_line_is_no_news(tmp_path: Path) -> None:
 
 
 def test_other_broken_lines_are_counted(tmp_path: Path) -> None:
-    lines = ['{"step": 10}', "", "[1, 2]", '{"loss": 1}', '{"step": 20}']
+    odd = ['{"step": "7"}', '{"step": Infinity}', '{"step": null}']
+    lines = ['{"step": 10}', "", "[1, 2]", '{"loss": 1}', *odd, '{"step": 20}']
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     run = load_run(tmp_path)
     assert [row["step"] for row in run.metrics] == [10, 20]
-    assert any("no JSON object with a step: 3" in note for note in run.notes)
+    assert any("no JSON object with a step: 6" in note for note in run.notes)
 
 
 def test_a_step_logged_again_after_a_resume_counts_once(tmp_path: Path) -> None:
@@ -43,11 +44,36 @@ def test_a_step_logged_again_after_a_resume_counts_once(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in run.metrics] == [(10, 1.0), (20, 0.7), (30, 0.6)]
 
 
-def test_an_unreadable_summary_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"name": "half', "", "null", "[1]", '{"name": "run", "probe": 3}'])
+def test_an_unreadable_summary_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "summary.json").write_text('{"name": "half')
+    (tmp_path / "report" / "summary.json").write_text(text)
     run = load_run(tmp_path)
     assert any("report/summary.json cannot be read" in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    ("judge", "count"),
+    [
+        ({"final_queries": 10_000, "images": 50}, 50),
+        ({"final_queries": 40, "images": 50}, 40),
+        ({"final_queries": 40}, 40),
+        (None, None),
+    ],
+)
+def test_how_many_images_were_judged(tmp_path: Path, judge: object, count: int | None) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "summary.json").write_text(json.dumps({"name": "run", "judge": judge}))
+    assert load_run(tmp_path).summary.judged_images == count
+
+
+def test_an_accuracy_that_is_no_number_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "summary.json").write_text(
+        '{"name": "run", "probe": [{"name": "raw pixels", "knn_top1": NaN, "linear_top1": 0.5}]}'
+    )
+    (probe,) = load_run(tmp_path).summary.probes
+    assert (probe.knn_top1, probe.linear_top1) == (None, 0.5)
 
 
 def test_snapshots_come_by_step_and_broken_ones_are_named(tmp_path: Path) -> None:

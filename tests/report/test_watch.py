@@ -39,13 +39,14 @@ def test_it_ends_with_the_run_and_before_it_by_ctrl_c(train: "Trainer") -> None:
     train.wait_for(process, step=10)
     page = train.run / "report" / "index.html"
 
-    first = follow(train.run)
-    assert "location.reload()" in wait_for(page, "Live:")
-    first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == (0, "")
-    assert "The page stays as it is" in out
-    assert "location.reload()" not in page.read_text()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        first = follow(train.run)
+        assert "Live:" in wait_for(page, "location.reload()")
+        first.send_signal(number)
+        out, err = first.communicate(timeout=60)
+        assert (first.returncode, err) == (0, "")
+        assert "The page stays as it is" in out
+        assert "location.reload()" not in page.read_text()
 
     second = follow(train.run)
     wait_for(page, "location.reload()")

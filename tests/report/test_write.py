@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastjepa.data.fashion_mnist import FashionMNIST
 from fastjepa.masks import MultiBlockMasks
@@ -19,7 +19,7 @@ PROBE = [
     {"name": "untrained encoder", "knn_top1": 0.67, "linear_top1": 0.74, "rankme": 27.0, "target_std": 0.7},
     {
         "name": "trained target encoder",
-        "knn_top1": 0.81,
+        "knn_top1": 0.83,
         "linear_top1": 0.86,
         "rankme": 60.0,
         "target_std": 0.8,
@@ -127,6 +127,7 @@ def test_a_finished_run_has_every_part(run_dir: Path) -> None:
     ]
     assert "The snapshot of step 100 has none of it" in page.text
     assert "shoes & <shirts>" in page.text
+    assert "trained without labels: from the part of an image that it sees, it is to predict" in page.text
     assert "size: tiny  # <- & more" in page.text
     assert "beats raw pixels by linear probe and kNN" in page.text
     assert "Warning" not in page.text
@@ -162,10 +163,50 @@ def test_a_run_still_going_says_what_is_missing(run_dir: Path) -> None:
     assert {"Loss", "Masks as sampled", "Patch features as colours"} <= set(page.headings)
 
 
+def test_a_verdict_from_before_a_run_was_taken_up_again_says_so(run_dir: Path) -> None:
+    (run_dir / "report" / "summary.json").write_text(json.dumps(SUMMARY | {"planned_steps": 200}))
+    row = {"step": 120, "images": 15360, "linear_top1": 0.75}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    text = page_of(run_dir).text
+    assert "At step 100, where the run had ended before it was taken up again: the trained target" in text
+    assert "So far, at step 120" in text
+
+
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert page.headings == []
     assert "There is no metrics.jsonl" in page.text
+
+
+def test_the_page_of_a_mae_speaks_of_no_target(run_dir: Path) -> None:
+    rows = [
+        row if row["name"] != "trained target encoder" else row | {"name": "trained encoder"} for row in PROBE
+    ]
+    (run_dir / "report" / "summary.json").write_text(
+        json.dumps(SUMMARY | {"objective": "mae", "probe": rows})
+    )
+    for path in (run_dir / "report" / "snapshots").iterdir():
+        tensors = load_file(path)
+        tensors["targets"] = tensors["targets"][:1]
+        save_file(tensors, path, metadata={"grid": "7,7", "step": str(int(path.stem[5:]))})
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"momentum": 0.996, ', ""))
+    page = page_of(run_dir)
+    alts = " ".join(value or "" for name, value in page.attributes if name == "alt")
+    assert "target" not in page.text + alts
+    assert "blocks" not in page.text + alts
+
+
+def test_waiting_is_weighed_by_time(tmp_path: Path) -> None:
+    """A first row of one slow step counts as the second it took."""
+    rows = [
+        {"step": 1, "images": 10, "elapsed_s": 1.0, "data_wait_fraction": 0.5},
+        {"step": 100, "images": 1000, "elapsed_s": 100.0, "data_wait_fraction": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(tmp_path).text
+    assert "0.5\N{NO-BREAK SPACE}%of training time waiting for data" in text
 
 
 def test_without_labels_the_note_says_why(run_dir: Path) -> None:
@@ -196,5 +237,31 @@ def test_a_diverged_run_still_has_a_page(run_dir: Path) -> None:
     save_file(tensors, path, metadata={"grid": "7,7", "step": "100"})
     text = page_of(run_dir).text
     assert "the features are not finite" in text
-    assert "Cannot be drawn: the patch features are not all finite" in text
+    assert "Left out: step 100, whose features are not finite: the run had diverged." in text
     assert "Everything outside is to be predicted" in text
+
+
+@pytest.mark.parametrize("bad", [0, 50, 100])
+def test_one_snapshot_without_features_costs_its_own_row(run_dir: Path, bad: int) -> None:
+    folder = run_dir / "report" / "snapshots"
+    tensors = load_file(folder / "step_00000000.safetensors")
+    good = [step for step in (0, 50, 100) if step != bad]
+    for step in (bad, *good):
+        tensors["features"] = torch.randn(6, 49, 24, generator=torch.Generator().manual_seed(step)).half()
+        if step == bad:
+            tensors["features"][3, 2, 1] = torch.nan
+        metadata = {"grid": "7,7", "step": str(step)}
+        save_file(tensors, folder / f"step_{step:08d}.safetensors", metadata=metadata)
+    page, names = page_of(run_dir), {0: "start", 50: "step 50", 100: "step 100"}
+    assert f"Left out: {names[bad]}, whose features are not finite" in page.text
+    alts = [value for name, value in page.attributes if name == "alt" and "as colours" in (value or "")]
+    rows = ", ".join(names[step] for step in good)
+    assert [str(alt).endswith(f"as colours: {rows}.") for alt in alts] == [True, True]
+
+
+def test_features_of_other_images_have_no_row(run_dir: Path) -> None:
+    path = run_dir / "report" / "snapshots" / "step_00000000.safetensors"
+    tensors = load_file(path)
+    tensors["images"] = 255 - tensors["images"]
+    save_file(tensors, path, metadata={"grid": "7,7", "step": "0"})
+    assert "Left out: start, which is of other images or patches than step 100." in page_of(run_dir).text
