@@ -7,6 +7,7 @@ from typing import Any
 
 from fastjepa.commands.refusal import count, refuse
 
+OF_A_RUN = ("config.yaml", "metrics.jsonl", ".lock", "report/summary.json")
 EVERY_S = 20  # a page takes some seconds of one core
 
 
@@ -29,6 +30,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from fastjepa.report import write_report
 
+    if options.run.is_dir() and not any((options.run / name).exists() for name in OF_A_RUN):
+        return refuse(f"{options.run} is not the folder of a run; {_where_it_is(options.run)}")
     try:
         if options.watch is not None:
             return _watch(options.run, options.watch)
@@ -38,6 +41,14 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         return refuse(error)
     return 0
+
+
+def _where_it_is(folder: Path) -> str:
+    """What to give instead: a page in a checkpoint would be a file that its manifest does not list."""
+    for above in folder.resolve().parents[:2]:
+        if (above / "config.yaml").exists():
+            return f"its run is {above}"
+    return "give the folder that a run wrote (its `run.dir`)"
 
 
 def _watch(run_dir: Path, every_s: int) -> int:
