@@ -328,7 +328,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2 or not all(names):
-        raise ConfigError(f"an override is section.key=value, got {override!r}")
+        raise ConfigError(f"an override is section.key=value, got {override!r}{_meant(override)}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -338,6 +338,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} reaches into {name}, which is a value and not a section")
     tree[names[-1]] = value
+
+
+def _meant(override: str) -> str:
+    """What somebody meant who forgot the section, or the option before a file."""
+    key, equals, _ = override.partition("=")
+    if override.endswith((".yaml", ".yml")) and not equals:
+        return f"; a configuration file comes after --config: --config {override}"
+    sections = typing.get_type_hints(Config)
+    meant = [f"{name}.{override}" for name, section in sections.items() if _has(section, key.strip())]
+    return f": did you mean {' or '.join(meant)}?" if equals and meant else ""
+
+
+def _has(section: Any, key: str) -> bool:
+    return dataclasses.is_dataclass(section) and key in typing.get_type_hints(section)
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
@@ -356,9 +370,7 @@ def _elsewhere(cls: type, key: str) -> str:
     """Where else a key of this name is, since the section is what people get wrong."""
     sections = typing.get_type_hints(Config)
     owners = [
-        f"{name}.{key}"
-        for name, section in sections.items()
-        if dataclasses.is_dataclass(section) and section is not cls and key in typing.get_type_hints(section)
+        f"{name}.{key}" for name, section in sections.items() if section is not cls and _has(section, key)
     ]
     return f" (there is {', '.join(owners)})" if owners else ""
 
@@ -416,7 +428,11 @@ def _check(config: Config, needs_data: bool) -> None:
     if model.size == "free" and (model.width is None or model.depth is None or model.heads is None):
         raise ConfigError("model.size free needs model.width, model.depth and model.heads")
     if (optim.epochs is None) == (optim.steps is None):
-        raise ConfigError("give one of optim.epochs and optim.steps, and null for the other")
+        both = "neither" if optim.epochs is None else f"epochs {optim.epochs:g} and steps {optim.steps}"
+        raise ConfigError(
+            "optim.epochs and optim.steps both say how long to train: give one, and null for the other "
+            f"(as optim.epochs=null), got {both}"
+        )
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
     refused = refusal(config.deepspeed)
