@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -435,6 +436,11 @@ def _check(config: Config, needs_data: bool) -> None:
         )
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
+    unknown = re.search(r"\{.*?\}", config.run.dir.replace("{name}", ""))
+    if unknown:
+        raise ConfigError(
+            f"run.dir may hold {{name}}, which is run.name, got {unknown[0]} in {config.run.dir!r}"
+        )
     refused = refusal(config.deepspeed)
     if refused is not None:
         raise ConfigError(refused)

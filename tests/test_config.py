@@ -92,6 +92,7 @@ def test_later_overrides_win_over_earlier_ones_and_the_file(tmp_path: Path) -> N
         ("optim.epochs=null", "give one, and null for the other (as optim.epochs=null), got neither"),
         ("objective.norm_pix_loss=1", "objective.norm_pix_loss must be true or false, got 1"),
         ("run.dir=7", "run.dir must be text, got 7"),
+        ("run.dir=runs/{nmae}", "run.dir may hold {name}, which is run.name, got {nmae} in 'runs/{nmae}'"),
         ("run.seed=1e99", "run.seed must be a whole number"),
         ("run.seed=9223372036854775808", "run.seed must be a 64-bit number"),
         ("masks.mode=budge", "one of truncate, budget, packed, got 'budge'; did you mean budget?"),
