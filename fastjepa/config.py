@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -51,43 +52,47 @@ BelowOne = Annotated[float, Within("at least 0 and below 1", 0, math.nextafter(1
 
 @dataclass
 class ModelConfig:
-    # Of the encoder and the predictor; free: by the numbers below.
+    # Of the encoder and the predictor: ViT-Ti to ViT-g; free takes width, depth and heads below instead.
     size: Literal["tiny", "small", "base", "large", "huge", "giant", "free"] = "small"
-    patch_size: Count = 16  # pixels
+    patch_size: Count = 16  # pixels of a side
     # published: N(0, .02); xavier: Xavier uniform, under which small patches are not lost among positions.
     init: Literal["published", "xavier"] = "xavier"
-    # Needed for size "free"; they override a named size.
-    width: Count | None = None
-    depth: Count | None = None  # blocks
-    heads: Count | None = None  # of attention
-    mlp_ratio: Positive | None = None  # hidden width by width
-    predictor_width: Count | None = None  # of a token
-    predictor_depth: Count | None = None  # blocks
-    predictor_heads: Count | None = None  # by default the encoder's
-    decoder_width: Count = 512  # of MAE
-    decoder_depth: Count = 8  # blocks
-    decoder_heads: Count = 16  # of attention
+    # Null leaves what model.size says; size free needs width, depth and heads.
+    width: Count | None = None  # of a token of the encoder
+    depth: Count | None = None  # blocks of the encoder
+    heads: Count | None = None  # of attention, in the encoder
+    mlp_ratio: Positive | None = None  # hidden width of an MLP, by the width of a token
+    predictor_width: Count | None = None  # of a token of the predictor
+    predictor_depth: Count | None = None  # blocks of the predictor
+    predictor_heads: Count | None = None  # of attention, in the predictor; by default the encoder's
+    decoder_width: Count = 512  # of a token of MAE's decoder
+    decoder_depth: Count = 8  # blocks of MAE's decoder
+    decoder_heads: Count = 16  # of attention, in MAE's decoder
 
 
 @dataclass
 class MasksConfig:
-    # Contexts of unequal length are cut to the shortest, or all have the same, or stay as they are.
+    # Contexts of unequal length: truncate cuts them to the shortest, budget draws a fixed number, packed
+    # keeps all.
     mode: Literal["truncate", "budget", "packed"] = "budget"
-    context_tokens: Count | None = None  # of budget: by default what 95 % of draws reach
-    target_tokens: Count | None = None  # of budget: by default the smallest block
-    target_blocks: Count = 4  # to predict, of each image
-    target_scale: tuple[float, float] = (0.15, 0.2)  # least and most, of the patches of an image
-    target_aspect: tuple[float, float] = (0.75, 1.5)  # least and most, height by width
-    context_scale: tuple[float, float] = (0.85, 1.0)  # as of the target blocks, which are taken out of it
-    context_aspect: tuple[float, float] = (1.0, 1.0)  # as of the target blocks
-    min_keep: CountOrNone = 10  # a context of so few tokens is drawn again
-    mask_ratio: float = 0.75  # of MAE
+    # Patches in sight, in mode budget; null: as many as 95 % of draws reach.
+    context_tokens: Count | None = None
+    # Patches of a target block, in mode budget; null: of the smallest block.
+    target_tokens: Count | None = None
+    target_blocks: Count = 4  # blocks to predict, of each image
+    target_scale: tuple[float, float] = (0.15, 0.2)  # size of a target block: least and most, of all patches
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # its height by its width: least and most
+    # Size of the context block, before targets are taken out.
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_aspect: tuple[float, float] = (1.0, 1.0)  # its height by its width: least and most
+    min_keep: CountOrNone = 10  # a context of so few patches, or fewer, is drawn again
+    mask_ratio: float = 0.75  # of MAE: the share of patches that is hidden
 
 
 @dataclass
 class ObjectiveConfig:
     name: Literal["jepa", "mae"] = "jepa"  # what is trained: I-JEPA, or MAE
-    norm_pix_loss: bool = True  # of MAE
+    norm_pix_loss: bool = True  # of MAE: pixels are normalised patch by patch before they are compared
 
 
 @dataclass
@@ -101,90 +106,102 @@ class OptimConfig:
     warmup_epochs: NotNegative = 40.0  # of the rise from start_lr to lr
     weight_decay: NotNegative = 0.04  # at the first step; none on biases and norms
     final_weight_decay: NotNegative = 0.4  # at the last step, along a cosine
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # of AdamW
-    eps: NotNegative = 1e-8  # of AdamW
-    momentum: Fraction = 0.996  # of the target encoder, linear to final_momentum
-    final_momentum: Fraction = 1.0  # at the last step
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # of AdamW's two moments
+    eps: NotNegative = 1e-8  # of AdamW's denominator
+    momentum: Fraction = 0.996  # of the target encoder's average at the first step, rising linearly
+    final_momentum: Fraction = 1.0  # of the target encoder's average at the last step
     clip_grad: NotNegative = 0.0  # largest gradient norm; 0 for none
-    precision: Literal["fp32", "bf16"] = "bf16"  # of a step; master weights and moments are fp32
+    # Of forward and backward; master weights and moments are fp32.
+    precision: Literal["fp32", "bf16"] = "bf16"
 
 
 @dataclass
 class DataConfig:
-    name: Literal["fashion_mnist", "folder", "shards"] = "fashion_mnist"  # what data.root is
-    root: str | None = (
-        None  # of a folder of images, of indexed shards (or a URL), or of the full Fashion-MNIST
-    )
+    # What kind of images data.root holds.
+    name: Literal["fashion_mnist", "folder", "shards"] = "fashion_mnist"
+    # A folder of images; of indexed shards, or a URL of them; or of the full Fashion-MNIST.
+    root: str | None = None
     probe_root: str | None = None  # held-out labelled images: a folder, or shards beside shards
-    image_size: Count = 224  # pixels
+    image_size: Count = 224  # pixels of a side of the square view that is trained on
     channels: Count = 3  # of an image: 3, or 1 for grey
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, of pixels from 0 to 1
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # likewise; `fastjepa data stats` measures both
     crop_scale: tuple[float, float] | None = (0.3, 1.0)  # of RandomResizedCrop; null for none
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # of RandomResizedCrop, width by height
-    flip: Fraction = 0.0  # probability
+    flip: Fraction = 0.0  # probability that a view is mirrored left to right
     shuffle_shards: Count = 16  # shards whose images are shuffled together
-    max_bad_fraction: Fraction = 0.05  # of the images tried: a run skips so many that cannot be read
-    hold_out: CountOrNone = 0  # of the training images, kept for judging instead of the test set: for tuning
+    # Unreadable images are skipped; more than this share of them ends the run.
+    max_bad_fraction: Fraction = 0.05
+    hold_out: CountOrNone = 0  # training images that are left out, to judge on in place of the test images
 
 
 @dataclass
 class ProbeConfig:
-    at_ends: bool = True  # at the start, beside raw pixels, and at the end
-    every_steps: CountOrNone = 0  # in between; 0: never
+    at_ends: bool = True  # judge at the start, beside raw pixels, and at the end
+    every_steps: CountOrNone = 0  # judge every so many steps in between; 0: never
     bank: Several = 5000  # labelled images that a probe learns from, while training
-    queries: Several = 2000  # images it is judged on, while training
-    final_bank: Several = 50_000  # the same at the start and at the end
-    final_queries: Several = 10_000  # images it is judged on there
+    queries: Several = 2000  # images that it is tested on, while training
+    final_bank: Several = 50_000  # like bank, at the start and at the end
+    final_queries: Several = 10_000  # like queries, at the start and at the end
     neighbours: Count = 20  # of kNN
 
 
 @dataclass
 class SpeedConfig:
-    # auto: 0, without DeepSpeed, on one device; on several 2, or 1 where micro-batches are accumulated.
+    # How much is cut among ranks. auto: 0, without DeepSpeed, on one device; on several 2, or 1 where
+    # speed.accumulation is above 1.
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    offload_optimizer: bool = False  # masters, moments and the target's shadow on the host, at ZeRO 1 to 3
-    accumulation: Count = 1  # micro-batches per optimizer step
-    checkpoint_blocks: bool = False  # compute activations again in backward, to save memory
-    kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"  # preferred of every op
+    # Optimizer state and the target's fp32 shadow in host memory, at ZeRO 1 to 3.
+    offload_optimizer: bool = False
+    # Micro-batches per optimizer step: each has global_batch / ranks / accumulation images.
+    accumulation: Count = 1
+    # Activation checkpointing: compute activations again in backward, to save memory.
+    checkpoint_blocks: bool = False
+    # Implementation preferred for every op; auto: the fastest measured.
+    kernels: Literal["auto", "triton", "cuda", "cpp", "torch"] = "auto"
     fused_blocks: bool = True  # a block is one forward and one backward pass, written out by hand
     compile: bool = False  # torch.compile for each block, instead of the fused ones
-    # parts: budget masks; step: at stage 0 on one device, which auto means wherever it can be.
+    # Of what is replayed. step: all of it, on one device at ZeRO 0; parts: encoders and predictor, with
+    # masks of mode budget; auto: step wherever it can be, else none.
     cuda_graph: Literal["auto", "none", "parts", "step"] = "auto"
-    skip_dead_work: bool = True  # compute no token of a last block that nothing reads
-    target_precision: Literal["auto", "bf16", "fp8"] = "auto"  # of the no-gradient pass; auto: the student's
-    target_stream: bool = False  # the target encoder runs beside the context encoder
+    skip_dead_work: bool = True  # leave out tokens of last blocks whose result nothing reads
+    # Of the target encoder's pass; auto: optim.precision.
+    target_precision: Literal["auto", "bf16", "fp8"] = "auto"
+    # Run the target encoder on a CUDA stream of its own, beside the context encoder.
+    target_stream: bool = False
     fused_update: bool = True  # AdamW and the target's average in one pass, at stage 0 on one device
     prefetch: bool = True  # the next batch is copied to the device while this one is computed
-    workers: CountOrNone = 4  # loader processes per rank; 0 loads in the training process
-    # Of JPEGs; auto: torchvision where it is installed. But for their edges, views agree to within a level.
+    workers: CountOrNone = 4  # loader processes of each rank; 0: load in the training process
+    # What decodes JPEGs; auto: torchvision where it is installed. Views differ by two
+    # of 255 levels at most, by more at their edges.
     decoder: Literal["auto", "pillow", "torchvision"] = "auto"
     # Where crops are resized and mirrored: by the loader processes, or as matrix products on the device.
     augment: Literal["cpu", "device"] = "cpu"
-    worker_timeout_s: Positive = 300.0  # without a batch for so long, a loader process hangs
+    worker_timeout_s: Positive = 300.0  # a loader process without a batch for so long is taken to hang
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
 
 
 @dataclass
 class RunConfig:
-    dir: str = "runs/{name}"  # {name}: of the configuration file
-    name: str = "run"  # by default that of the configuration file
+    dir: str = "runs/{name}"  # the folder of the run; {name} is run.name
+    name: str = "run"  # by default that of the configuration file, without its ending
     seed: Seed = 0  # of weights, order, crops and masks
-    init_from: str | None = None  # start from these weights: a checkpoint directory, a run, or an export
-    report: bool = True  # written at the end; `fastjepa report` writes it at any time
-    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # what rows of metrics.jsonl are sent to as well
-    log_every: Count = 10  # steps
-    save_every: Count = 1000  # steps
-    keep_last: Count = 2  # checkpoints
-    keep_every: Count | None = None  # steps: of each so many the first checkpoint stays for ever
+    init_from: str | None = None  # start from these weights: a run, a checkpoint, or a published file
+    report: bool = True  # write the report at the end; `fastjepa report` writes it at any time
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # trackers that get the rows of metrics.jsonl too
+    log_every: Count = 10  # steps between rows of metrics.jsonl
+    save_every: Count = 1000  # steps between checkpoints
+    keep_last: Count = 2  # newest checkpoints that stay
+    keep_every: Count | None = None  # of each so many steps, the first checkpoint stays for ever
     # auto: the newest good checkpoint, under the same settings; force: under others too; never: refuse any.
     resume: Literal["auto", "force", "never"] = "auto"
-    join_within_s: Positive = 300.0  # how long to wait for the other ranks at the start
-    dead_after_s: Positive = 30.0  # a rank not heard from for so long is lost, and ends the run
-    max_bad_steps: Count = 3  # in a row, with a loss or gradients that are not finite, end the run
-    # rollback: go back to the checkpoint before it, and on without the data that led there, once.
-    on_spike: Literal["warn", "rollback", "ignore"] = "warn"  # of the loss
-    hang_after_s: Positive = 600.0  # so is one that others wait for so long; 12 times that to save or judge
+    join_within_s: Positive = 300.0  # seconds that ranks wait for each other at the start
+    dead_after_s: Positive = 30.0  # a rank that is not heard from for so long is lost, and ends the run
+    max_bad_steps: Count = 3  # so many steps in a row without a finite loss and gradients end the run
+    # rollback: go back, once, to the checkpoint before it, and on without the data that led there.
+    on_spike: Literal["warn", "rollback", "ignore"] = "warn"  # what to do when the loss jumps and stays up
+    # A rank that others wait for so long hangs; 12 times that to save or judge.
+    hang_after_s: Positive = 600.0
 
 
 @dataclass
@@ -312,7 +329,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2 or not all(names):
-        raise ConfigError(f"an override is section.key=value, got {override!r}")
+        raise ConfigError(f"an override is section.key=value, got {override!r}{_meant(override)}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -322,6 +339,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} reaches into {name}, which is a value and not a section")
     tree[names[-1]] = value
+
+
+def _meant(override: str) -> str:
+    """What somebody meant who forgot the section, or the option before a file."""
+    key, equals, _ = override.partition("=")
+    if override.endswith((".yaml", ".yml")) and not equals:
+        return f"; a configuration file comes after --config: --config {override}"
+    sections = typing.get_type_hints(Config)
+    meant = [f"{name}.{override}" for name, section in sections.items() if _has(section, key.strip())]
+    return f": did you mean {' or '.join(meant)}?" if equals and meant else ""
+
+
+def _has(section: Any, key: str) -> bool:
+    return dataclasses.is_dataclass(section) and key in typing.get_type_hints(section)
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
@@ -340,9 +371,7 @@ def _elsewhere(cls: type, key: str) -> str:
     """Where else a key of this name is, since the section is what people get wrong."""
     sections = typing.get_type_hints(Config)
     owners = [
-        f"{name}.{key}"
-        for name, section in sections.items()
-        if dataclasses.is_dataclass(section) and section is not cls and key in typing.get_type_hints(section)
+        f"{name}.{key}" for name, section in sections.items() if section is not cls and _has(section, key)
     ]
     return f" (there is {', '.join(owners)})" if owners else ""
 
@@ -400,9 +429,18 @@ def _check(config: Config, needs_data: bool) -> None:
     if model.size == "free" and (model.width is None or model.depth is None or model.heads is None):
         raise ConfigError("model.size free needs model.width, model.depth and model.heads")
     if (optim.epochs is None) == (optim.steps is None):
-        raise ConfigError("give one of optim.epochs and optim.steps, and null for the other")
+        both = "neither" if optim.epochs is None else f"epochs {optim.epochs:g} and steps {optim.steps}"
+        raise ConfigError(
+            "optim.epochs and optim.steps both say how long to train: give one, and null for the other "
+            f"(as optim.epochs=null), got {both}"
+        )
     if len(data.mean) != data.channels or len(data.std) != data.channels:
         raise ConfigError(f"data.mean and data.std need one value for each of {data.channels} channels")
+    unknown = re.search(r"\{.*?\}", config.run.dir.replace("{name}", ""))
+    if unknown:
+        raise ConfigError(
+            f"run.dir may hold {{name}}, which is run.name, got {unknown[0]} in {config.run.dir!r}"
+        )
     refused = refusal(config.deepspeed)
     if refused is not None:
         raise ConfigError(refused)

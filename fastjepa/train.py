@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
+    if options.config is None and not options.overrides and not options.print_config:
+        parser.error("say what to train: --config configs/fashion_mnist.yaml, or another recipe of configs/")
     try:
         config = load_config(options.config, options.overrides)
         stop = StopRequest()

@@ -68,6 +68,7 @@ def write_images(folder: Path, count: int, channels: int = 1, classes: int = 2) 
         (["model.patch_size=32"], "with patches of 32; the nearest sizes that fit are 32 x 32"),
         (["data.image_size=30"], "30 x 30 pixels with patches of 4; the nearest sizes that fit are 32 x 32"),
         (["model.patch_size=14"], "these masks cannot be drawn on a grid of 2 x 2 patches"),
+        (["masks.context_tokens=36"], "in sight, at most 10% may: on a grid of 7 x 7 patches"),
         (["masks.context_tokens=37"], "context_tokens must be 1 to 36 on a grid of 7 x 7"),
         (["masks.target_scale=[0.2, 0.1]"], "target_scale must be a range"),
         (["objective.name=mae", "masks.mask_ratio=0.999"], "at least one must be kept and one hidden"),

@@ -202,6 +202,19 @@ def test_a_reader_that_is_gone(run: Path, tmp_path: Path, unbuffered: str) -> No
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is not a folder")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "is not the folder of a run; give the folder that a run wrote" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_report_of_a_checkpoint_is_refused_and_the_checkpoint_stays_good(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (run / "checkpoints", run / "checkpoints" / "step_00000007"):
+        assert main(["report", str(folder)]) == 1
+        said = capsys.readouterr().err
+        assert said == f"error: {folder} is not the folder of a run; its run is {run.resolve()}\n"
+    assert main(["checkpoint", "verify", str(run)]) == 0
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -236,6 +249,18 @@ def test_train_passes_its_arguments_on(capsys: pytest.CaptureFixture[str]) -> No
     assert "lr: 0.25" in capsys.readouterr().out
     assert main(["train", "optim.rate=1"]) == 1
     assert capsys.readouterr().err.startswith("error: unknown key optim.rate")
+
+
+def test_train_without_a_word_of_what_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    assert "say what to train: --config configs/fashion_mnist.yaml" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastjepa", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fastjepa {__version__}\n")
 
 
 WITHOUT_EXTRAS = """

@@ -34,7 +34,7 @@ LOWER_LAYERS = {
     },
     "planning": {"engine", "objectives", "data", "models", "masks", "config"},
 }
-COMMANDS = {"train", "cli", "commands", "interop", "probe", "report", "diagnosis"}
+COMMANDS = {"__main__", "train", "cli", "commands", "interop", "probe", "report", "diagnosis"}
 MAY_IMPORT = LOWER_LAYERS | {command: COMMANDS | {*LOWER_LAYERS, "fastjepa_kernels"} for command in COMMANDS}
 KERNELS_MAY_IMPORT = {"torch", "triton", "fastjepa_kernels", *sys.stdlib_module_names}
 # Where one of these is wanted, a function imports it when it is called.

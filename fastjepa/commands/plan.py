@@ -104,7 +104,7 @@ def memory(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B)", text, re.IGNORECASE)
     size = float(found[1]) * UNITS[found[2].upper()] if found else 0.0
     if not 0 < size <= MOST:
-        what = "must be a number and MB, GB, TB, MiB, GiB or TiB, at most 1000TB"
+        what = "must be a number and its unit, MB, GB, TB, MiB, GiB or TiB, as 24GB, and at most 1000TB"
         raise argparse.ArgumentTypeError(f"{what}, got {text!r}")
     return size
 

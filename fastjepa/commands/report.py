@@ -9,6 +9,7 @@ from typing import Any
 
 from fastjepa.commands.refusal import count, refuse
 
+OF_A_RUN = ("config.yaml", "metrics.jsonl", ".lock", "report/summary.json")
 EVERY_S = 20  # a page takes some seconds of one core
 
 
@@ -31,6 +32,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from fastjepa.report import write_report
 
+    if options.run.is_dir() and not any((options.run / name).exists() for name in OF_A_RUN):
+        return refuse(f"{options.run} is not the folder of a run; {_where_it_is(options.run)}")
     try:
         if options.watch is not None:
             return _watch(options.run, options.watch)
@@ -49,6 +52,14 @@ def _said(error: OSError, run_dir: Path) -> str:
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free space there" if is_full else "let this user write there, or copy the run to where it may"
     return f"cannot write the report in {run_dir / 'report'}: {error.strerror}; {remedy}"
+
+
+def _where_it_is(folder: Path) -> str:
+    """What to give instead: a page in a checkpoint would be a file that its manifest does not list."""
+    for above in folder.resolve().parents[:2]:
+        if (above / "config.yaml").exists():
+            return f"its run is {above}"
+    return "give the folder that a run wrote (its `run.dir`)"
 
 
 def _watch(run_dir: Path, every_s: int) -> int:

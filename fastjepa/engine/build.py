@@ -9,6 +9,7 @@ from fastjepa.data.transforms import Augmentation
 from fastjepa.data.views import Reading
 from fastjepa.engine.schedules import Schedule
 from fastjepa.masks import MultiBlockMasks, RandomMasks
+from fastjepa.masks.in_sight import share_in_sight
 from fastjepa.models import (
     SIZES,
     Init,
@@ -20,6 +21,8 @@ from fastjepa.models import (
     initialise,
 )
 from fastjepa.objectives import JEPA, MAE
+
+MOST_IN_SIGHT = 0.1  # of the target patches; published recipes have 0, 7 x 7 patches under truncate 0.03
 
 
 def build_shape(config: Config) -> ViTShape:
@@ -92,7 +95,7 @@ def build_masks(config: Config) -> MultiBlockMasks | RandomMasks:
         grid = build_shape(config).grid
         if config.objective.name == "mae":
             return RandomMasks(grid, masks.mask_ratio, config.run.seed)
-        return MultiBlockMasks(
+        sampler = MultiBlockMasks(
             grid=grid,
             mode=masks.mode,
             seed=config.run.seed,
@@ -107,6 +110,14 @@ def build_masks(config: Config) -> MultiBlockMasks | RandomMasks:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if (share := share_in_sight(sampler)) > MOST_IN_SIGHT:
+        needed = "masks.min_keep" if masks.context_tokens is None else "masks.context_tokens"
+        raise ConfigError(
+            f"{share:.0%} of the patches to be predicted would be in sight, at most {MOST_IN_SIGHT:.0%} may: "
+            f"on a grid of {grid[0]} x {grid[1]} patches hardly any context is as long as {needed} asks for. "
+            "Lower it, or use larger images or smaller patches"
+        )
+    return sampler
 
 
 def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:

@@ -107,7 +107,12 @@ def load_head(path: str | os.PathLike[str], width: int | None = None) -> LinearH
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError("its class_names are no JSON list of names")
         head = LinearHead(weight, bias, tuple(classes))
-    except (OSError, SafetensorError, ValueError) as error:
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not used as a head: it is no safetensors file, as fastjepa.interop.save_head writes "
+            f"one ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not used as a head: {error}") from error
     if width is not None and head.weight.shape[1] != width:
         raise ValueError(

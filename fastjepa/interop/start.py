@@ -1,5 +1,6 @@
 """Continued pretraining: initial weights from a checkpoint, a run or a published file."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,8 @@ from fastjepa.interop.published import Published, State, read_published
 from fastjepa.models import HEADS_OF_WIDTH
 from fastjepa.models.block import Block
 from fastjepa.objectives import JEPA, MAE
+
+_log = logging.getLogger(__name__)
 
 
 def load_initial_weights(model: JEPA | MAE, source: str) -> None:
@@ -94,6 +97,8 @@ def find_checkpoint(path: Path) -> Path:
     newest, damaged = newest_good(path / "checkpoints")
     if newest is None:
         raise CheckpointError("; ".join(damaged) or f"{path} is no checkpoint, and no run folder with one")
+    for what in damaged:
+        _log.warning("%s; taking %s instead", what, newest.name)
     return newest
 
 

@@ -78,7 +78,10 @@ def allowed(hint: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         each = allowed(arguments[0])
-        return f"a list of any of {each}" if typing.get_origin(arguments[0]) is Literal else f"a list: {each}"
+        if typing.get_origin(arguments[0]) is Literal:
+            return f"a list of any of {each}"
+        count = "one for each channel" if arguments[-1] is Ellipsis else f"{len(arguments)} of them"
+        return f"a list, {count}: {each}"
     return _WORDS[hint]
 
 

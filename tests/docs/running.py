@@ -104,8 +104,8 @@ def _make(words: Words) -> None:
 
 
 def _pip(words: Words) -> None:
-    """What is installed is this distribution, with extras that it has."""
-    asked = [re.fullmatch(r"fastjepa(?:\[([a-z,]+)\])?", word) for word in words[1:]]
+    """What is installed is this distribution, by its name or from the checkout, with extras that it has."""
+    asked = [re.fullmatch(r"(?:fastjepa|\.)(?:\[([a-z,]+)\])?", word) for word in words[1:]]
     extras = {extra for match in asked if match and match[1] for extra in match[1].split(",")}
     assert words[0] == "install"
     assert asked, words

@@ -38,7 +38,7 @@ def test_the_page_of_settings_has_all_of_them() -> None:
         ("optim.lr", "0.001", "a number, at least 0"),
         ("optim.steps", "null", "a whole number, at least 1, or `null`"),
         ("masks.mode", "budget", "`truncate`, `budget`, `packed`"),
-        ("data.crop_scale", "[0.3, 1]", "a list: a number, or `null`"),
+        ("data.crop_scale", "[0.3, 1]", "a list, 2 of them: a number, or `null`"),
         ("run.track", "[]", "a list of any of `tensorboard`, `wandb`"),
         ("speed.prefetch", "true", "`true` or `false`"),
     ],
@@ -51,7 +51,7 @@ def test_what_a_setting_may_be(name: str, default: str, allowed: str) -> None:
 
 def test_comments_behind_a_field_come_before_those_above_it() -> None:
     found = {s.name: s for s in settings.settings_of(dict(settings.sections())["run"])}
-    assert found["on_spike"].meaning.startswith("of the loss. rollback: go back")
+    assert found["on_spike"].meaning.startswith("what to do when the loss jumps and stays up. rollback: go")
     assert dataclasses.fields(Config)[0].name == "model"
 
 

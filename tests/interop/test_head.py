@@ -69,7 +69,7 @@ def test_what_is_no_head(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"head.safetensors .*{said}"):
             load_head(path, 16)
     path.write_bytes(b"\x80\x04pickle")
-    with pytest.raises(ValueError, match="is not used as a head"):
+    with pytest.raises(ValueError, match="is not used as a head: it is no safetensors file"):
         load_head(path)
     with pytest.raises(ValueError, match="is not used as a head"):
         load_head(tmp_path / "nowhere")

@@ -77,13 +77,17 @@ def test_every_weight_comes_from_the_source(train: "Trainer", settings: list[str
     assert_same(model, there)
 
 
-def test_newest_good_checkpoint_of_a_run_is_taken(train: "Trainer", config: Config) -> None:
+def test_newest_good_checkpoint_of_a_run_is_taken(
+    train: "Trainer", config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     model = other_weights(config)
     write(model, config, train.run, step=3)
     damaged = write(build_model(config), config, train.run, step=9)
     (damaged / "student.safetensors").unlink()
     loaded, path = load_trained(train.run)
     assert path.name == "step_00000003"
+    assert "student.safetensors" in caplog.text
+    assert "taking step_00000003 instead" in caplog.text
     assert_same(loaded, model)
     with pytest.raises(CheckpointError, match=r"student\.safetensors"):
         find_checkpoint(damaged)
