@@ -30,7 +30,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_name_is_put_into_the_path() -> None:
     assert folder_of(load_config(None, ["run.name=a"])).path == Path("runs/a")
-    assert folder_of(load_config(None, ["run.dir='/x/{name}/{y}'", "run.name=a"])).path == Path("/x/a/{y}")
+    assert folder_of(load_config(None, ["run.dir='/x/{name}/y'", "run.name=a"])).path == Path("/x/a/y")
+    with pytest.raises(ConfigError, match=r"run\.dir may hold \{name\}"):
+        load_config(None, ["run.dir='/x/{name}/{y}'"])
 
 
 def test_same_run_is_taken_up_again_with_what_changes_no_result(tmp_path: Path) -> None:
