@@ -1,6 +1,13 @@
-"""Scripts as the ranks of one run: real processes, real gloo."""
+"""Scripts as the ranks of one run: real processes, real gloo.
+
+    python ranks.py RANKS script [arguments …]
+
+starts them, hands signals on to all, and ends as the first that failed: what `srun` does on one machine. It
+does not import torch, for which `torchrun` takes as long as a rank.
+"""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,22 +23,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """This process's, once for each rank of one run."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def run_ranks(count: int, script: str, *arguments: str, timeout_s: float) -> list[str]:
     """Run `python script arguments…` as each of `count` ranks to its end; what each has printed.
 
     They see the packages of this tree, and none outlives the call.
     """
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     processes = [
         subprocess.Popen(
             [sys.executable, script, *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=of_rank | common,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(count)
+        for of_rank in environments(count)
     ]
     try:
         printed = []
@@ -43,3 +55,23 @@ def run_ranks(count: int, script: str, *arguments: str, timeout_s: float) -> lis
     finally:
         for process in processes:
             process.kill()
+
+
+def main() -> int:
+    """As the module says."""
+    count, *script = sys.argv[1:]
+    started = [
+        subprocess.Popen([sys.executable, *script], env=of_rank) for of_rank in environments(int(count))
+    ]
+
+    def hand_on(number: int, _frame: object) -> None:
+        for one in started:
+            one.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, hand_on)
+    return next(filter(None, [one.wait() for one in started]), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -102,20 +102,20 @@ class Judgement:
     def _baselines(
         self, judge: Judge, start: VisionTransformer, first_time: bool
     ) -> tuple[list[Verdict], list[Verdict]]:
-        """As judged at the ends, and as along the way: with fewer images to learn from, all score less."""
-        verdicts = [judge.pixels()]
+        """As judged at the ends, and as along the way, where probes learn from fewer images."""
         is_given = self.config.run.init_from is not None
         is_untrained = first_time and not is_given
         untrained = start if is_untrained else build_model(self.config).encoder.to(self.world.device)
-        verdicts.append(judge.encoder(UNTRAINED, untrained))
+        encoders = {UNTRAINED: untrained}
         if first_time and is_given:
-            verdicts.append(judge.encoder("initial weights", start))
-        if not self.config.probe.every_steps or judge.quick_is_full:
-            return verdicts, verdicts
-        along = [judge.pixels(quick=True), judge.encoder(UNTRAINED, untrained, quick=True)]
-        if first_time and is_given:
-            along.append(judge.encoder("initial weights", start, quick=True))
-        return verdicts, along
+            encoders["initial weights"] = start
+
+        def judged(quick: bool) -> list[Verdict]:
+            return [judge.pixels(quick), *(judge.encoder(name, e, quick) for name, e in encoders.items())]
+
+        verdicts = judged(quick=False)
+        alike = not self.config.probe.every_steps or judge.quick_is_full
+        return verdicts, verdicts if alike else judged(quick=True)
 
     def _judge_settings(self) -> dict[str, Any]:
         """What rows of one table must have in common."""

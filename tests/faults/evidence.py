@@ -26,7 +26,7 @@ STEPS = 120  # seven epochs
 RUN = (f"optim.steps={STEPS}", "run.log_every=4", "run.save_every=5", "probe.every_steps=65", "data.flip=0.5")
 
 TIMEOUT_S = 500  # on a machine that is busy with other things
-WITNESS, START = (Path(__file__).with_name(name) for name in ("witness.py", "start.py"))
+WITNESS, RANKS = Path(__file__).with_name("witness.py"), Path(__file__).parents[1] / "ranks.py"
 SPEEDS = {"images_per_second", "data_wait_fraction", "elapsed_s", "judge_s", "save_s"}
 
 
@@ -204,7 +204,7 @@ def torchrun(ranks: int) -> tuple[str, ...]:
 
 def ranks_of(count: int) -> tuple[str, ...]:
     """A launcher that starts in no time: for what the launcher has no part in."""
-    return (sys.executable, str(START), str(count))
+    return (sys.executable, str(RANKS), str(count))
 
 
 TWO = ranks_of(2)
